@@ -1,0 +1,15 @@
+"""The text: data sets read and checked, tokenised once, and cut into batches."""
+
+from data.batching import TokenizedTexts, evaluation_batches, pad, tokenize, training_batches
+from data.datasets import Dataset, Split, load_dataset
+
+__all__ = [
+    "Dataset",
+    "Split",
+    "TokenizedTexts",
+    "evaluation_batches",
+    "load_dataset",
+    "pad",
+    "tokenize",
+    "training_batches",
+]

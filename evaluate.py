@@ -1,0 +1,73 @@
+"""From example numbers to logits to macro-F1, by hand."""
+
+import math
+import sys
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from data import TokenizedTexts, evaluation_batches, pad
+
+BATCH = 64  # examples at a time; no gradient is kept, so more than in training
+
+
+class Forward:
+    """From example numbers to logits: pad, move to the device, run under autocast."""
+
+    def __init__(self, model: nn.Module, tokenizer: Tokenizer, device: torch.device, dtype: torch.dtype):
+        self.model, self.device, self.dtype = model, device, dtype
+        self.pad_id = tokenizer.token_to_id("[PAD]") or 0
+
+    def __call__(self, texts: TokenizedTexts, batch: np.ndarray) -> torch.Tensor:
+        """Logits (B, num_labels) in float32."""
+        input_ids, mask = pad(texts, batch, self.pad_id)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return self.model(input_ids.to(self.device), mask.to(self.device)).float()
+
+
+def predict(forward: Forward, texts: TokenizedTexts, what: str) -> np.ndarray:
+    """(N,) the likeliest class of every text, each evaluated exactly once, without dropout."""
+    predictions = np.empty(len(texts), dtype=np.int64)
+    forward.model.eval()
+    with torch.inference_mode(), progress(len(texts), what) as bar:
+        for batch in evaluation_batches(texts.lengths, BATCH):
+            predictions[batch] = forward(texts, batch).argmax(dim=-1).cpu().numpy()
+            bar.update(len(batch))
+    return predictions
+
+
+def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_labels: int) -> np.ndarray:
+    """(C, C) int64: entry [i, j] counts the examples of class i that were taken for class j."""
+    matrix = np.zeros((num_labels, num_labels), dtype=np.int64)
+    np.add.at(matrix, (labels, predictions), 1)
+    return matrix
+
+
+def f1_per_class(matrix: np.ndarray) -> np.ndarray:
+    """(C,) F1 = 2 TP / (2 TP + FP + FN): the diagonal against its row and its column; NaN for 0 / 0."""
+    with np.errstate(invalid="ignore"):
+        return 2 * np.diag(matrix) / (matrix.sum(axis=0) + matrix.sum(axis=1))
+
+
+def macro_f1(matrix: np.ndarray) -> float:
+    """The mean F1 of the classes that occur or are predicted; any other is left out, as scikit-learn's `f1_score` does."""
+    return float(np.nanmean(f1_per_class(matrix)))
+
+
+def scores(matrix: np.ndarray, names: list[str]) -> dict[str, Any]:
+    """What results.json says of a confusion matrix; the F1 of a class that neither occurs nor is predicted is null."""
+    per_class = [None if math.isnan(f1) else float(f1) for f1 in f1_per_class(matrix)]
+    return {
+        "macro_f1": macro_f1(matrix),
+        "accuracy": float(np.trace(matrix) / matrix.sum()),
+        "confusion_matrix": matrix.tolist(),
+        "per_class_f1": dict(zip(names, per_class, strict=True)),
+    }
+
+
+def progress(total: int, what: str) -> tqdm:
+    interval = 0.2 if sys.stderr.isatty() else 10.0  # seconds: a log wants fewer lines than a screen
+    return tqdm(total=total, desc=what, unit=" examples", mininterval=interval, leave=what == "train")

@@ -1,0 +1,178 @@
+"""Files: from the hub or a folder, checked as they are read; onto the disk whole or not at all."""
+
+import contextlib
+import functools
+import json
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import safetensors.torch
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError
+from torch import Tensor
+
+from errors import UserError
+
+
+class HubUnreachable(UserError):
+    """The hub does not answer and its cache on this machine lacks the file."""
+
+
+@functools.cache
+def hub_is_reachable(seconds: float = 8.0) -> bool:
+    """Whether the hub answers at all, asked once a run and decided within `seconds`.
+
+    In a thread of its own, because a name server that does not answer ignores every time-out given to a socket.
+    """
+    answers = []
+
+    def ask() -> None:
+        try:
+            get_hf_file_metadata(hf_hub_url("distilbert/distilbert-base-uncased", "config.json"), timeout=seconds / 2)
+            answers.append(True)
+        except HfHubHTTPError as error:  # "no such file" is an answer, too; "out of order" is none
+            answers.append(error.response is not None and error.response.status_code < 500)
+        except Exception:  # offline mode, no route, no name, no certificate: all of them mean no
+            answers.append(False)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return bool(answers and answers[0])
+
+
+def hub_file(repo_id: str, filename: str, revision: str | None = None, repo_type: str = "model") -> Path:
+    """The path of a file of the hub, in the hub client's cache, downloaded if it is not there yet.
+
+    Raises HubUnreachable if the hub does not answer and the cache lacks the file, and UserError if there is no such
+    repository, revision or file.
+    """
+    what = {"model": "model", "dataset": "data set"}[repo_type]
+    online = hub_is_reachable()
+    try:
+        return Path(hf_hub_download(repo_id, filename, revision=revision, repo_type=repo_type, local_files_only=not online))
+    except HFValidationError:
+        raise UserError(f"{repo_id!r} is neither a folder nor the name of a {what} on the hub: check the spelling") from None
+    except RevisionNotFoundError:
+        raise UserError(f"the {what} {repo_id} has no revision {revision!r} on the hub: check --revision") from None
+    except GatedRepoError:
+        raise UserError(f"the {what} {repo_id} is gated: ask for access on its page, then run 'hf auth login'") from None
+    except RepositoryNotFoundError:
+        raise UserError(f"there is no {what} {repo_id!r}, neither as a folder here nor on {constants.ENDPOINT}") from None
+    except LocalEntryNotFoundError as error:
+        if online and constants.HF_HUB_OFFLINE is False:
+            raise UserError(f"the hub did not deliver {filename} of {repo_id} ({_reason(error)}): try again") from error
+        raise HubUnreachable(
+            f"{constants.ENDPOINT} cannot be reached and the cache on this machine lacks {filename} of the {what} {repo_id}: "
+            "connect and try again, or name a folder"
+        ) from error
+    except EntryNotFoundError:
+        raise UserError(f"the {what} {repo_id} has no {filename} on the hub; nothing else is read in its place") from None
+    except PermissionError as error:
+        raise UserError(f"the hub's cache cannot be written: {error}; set HF_HOME to a folder that can") from error
+    except Exception as error:  # whatever the network library of this version of the client raises half-way
+        if type(error).__module__.split(".")[0] in ("httpx", "httpx2", "requests", "huggingface_hub", "builtins"):
+            raise UserError(f"the download of {filename} of {repo_id} broke off ({_reason(error)}): try again") from error
+        raise
+
+
+def _reason(error: BaseException) -> str:
+    cause = error.__cause__ or error
+    return str(cause).strip().split("\n")[0] or type(cause).__name__
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in a file. Raises UserError if it is missing or anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON in UTF-8 ({error}): fetch or write it again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a JSON {type(value).__name__} where an object was expected")
+    return value
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, by name. Raises UserError if it is missing, cut short or of another format."""
+    try:
+        return safetensors.torch.load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing (weights are read from safetensors files only)") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is not a whole safetensors file ({error}): fetch or write it again") from error
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path | str) -> Iterator[Path]:
+    """Within the block, a temporary sibling to fill; after it, flushed to disk and renamed to `folder`, which must be new
+    or empty. If the block raises, nothing is left behind."""
+    folder = Path(folder)
+    refuse_to_overwrite(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}") from error
+    try:
+        yield temporary
+        for path in [*temporary.rglob("*"), temporary]:
+            _flush(path)
+        temporary.chmod(0o777 & ~_umask())
+        os.replace(temporary, folder)
+        _flush(folder.parent)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_to_overwrite(folder: Path) -> None:
+    """Raises UserError if there is anything at `folder` that a new run or model would mix with."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not an empty folder: name another, or move it away")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all: to a temporary sibling, flushed to disk, then renamed."""
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        _flush(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":  # Windows has no handle for a folder
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

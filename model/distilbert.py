@@ -1,0 +1,146 @@
+"""DistilBERT for sequence classification, by hand, under the hub checkpoint's names.
+
+Sanh et al. 2019 (arXiv:1910.01108) is BERT (Devlin et al. 2018, arXiv:1810.04805) with half the layers and without
+token types and pooler. Shapes: B texts, T tokens, D = config.dim (768), H = config.n_heads (12), D/H = 64.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class DistilBertConfig:
+    """The fields of the hub's `config.json` that shape the network, with the values of distilbert-base-uncased."""
+
+    vocab_size: int = 30522
+    max_position_embeddings: int = 512
+    dim: int = 768
+    n_layers: int = 6
+    n_heads: int = 12
+    hidden_dim: int = 3072
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+    seq_classif_dropout: float = 0.2
+    pad_token_id: int = 0
+    num_labels: int = 2
+
+
+class Embeddings(nn.Module):
+    def __init__(self, config: DistilBertConfig):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.dim, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.dim)
+        self.LayerNorm = nn.LayerNorm(config.dim, eps=1e-12)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        position = torch.arange(input_ids.shape[1], device=input_ids.device)
+        x = self.word_embeddings(input_ids) + self.position_embeddings(position)  # (B, T, D) + (T, D)
+        return self.dropout(self.LayerNorm(x))
+
+
+class MultiHeadSelfAttention(nn.Module):
+    """softmax(q k^T / sqrt(D/H)) v in each of the H heads (Vaswani et al. 2017, section 3.2)."""
+
+    def __init__(self, config: DistilBertConfig):
+        super().__init__()
+        self.n_heads = config.n_heads
+        self.dropout = config.attention_dropout
+        self.q_lin = nn.Linear(config.dim, config.dim)
+        self.k_lin = nn.Linear(config.dim, config.dim)
+        self.v_lin = nn.Linear(config.dim, config.dim)
+        self.out_lin = nn.Linear(config.dim, config.dim)
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+        def heads(y: Tensor) -> Tensor:  # (B, T, 768) -> (B, 12, T, 64)
+            return y.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+
+        q, k, v = heads(self.q_lin(x)), heads(self.k_lin(context)), heads(self.v_lin(context))
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        return self.out_lin(y.transpose(1, 2).flatten(2))  # (B, 12, T, 64) -> (B, T, 768)
+
+
+class FFN(nn.Module):
+    def __init__(self, config: DistilBertConfig):
+        super().__init__()
+        self.lin1 = nn.Linear(config.dim, config.hidden_dim)
+        self.lin2 = nn.Linear(config.hidden_dim, config.dim)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.lin2(F.gelu(self.lin1(x))))  # the exact GELU, with erf
+
+
+class TransformerBlock(nn.Module):
+    """The outputs at the positions `x` (B, S, D), which look at all positions `context` (B, T, D)."""
+
+    def __init__(self, config: DistilBertConfig):
+        super().__init__()
+        self.attention = MultiHeadSelfAttention(config)
+        self.sa_layer_norm = nn.LayerNorm(config.dim, eps=1e-12)
+        self.ffn = FFN(config)
+        self.output_layer_norm = nn.LayerNorm(config.dim, eps=1e-12)
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+        x = self.sa_layer_norm(x + self.attention(x, context, mask))
+        return self.output_layer_norm(x + self.ffn(x))
+
+
+class Transformer(nn.Module):
+    def __init__(self, config: DistilBertConfig):
+        super().__init__()
+        self.layer = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layers))
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """(B, T, D) -> (B, D), the last layer's output at position 0.
+
+        Nothing else of the last layer is ever read by a classifier, so nothing else of it is computed: its keys and
+        values come from all positions, its query, output and feed-forward from [CLS] alone.
+        """
+        for block in self.layer[:-1]:
+            x = block(x, x, mask)
+        return self.layer[-1](x[:, :1], x, mask)[:, 0]
+
+
+class DistilBert(nn.Module):
+    def __init__(self, config: DistilBertConfig):
+        super().__init__()
+        self.embeddings = Embeddings(config)
+        self.transformer = Transformer(config)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]  # (B, 1, 1, T)
+        return self.transformer(self.embeddings(input_ids), mask)
+
+
+class DistilBertForSequenceClassification(nn.Module):
+    """The encoder's [CLS] output through a two-layer head."""
+
+    def __init__(self, config: DistilBertConfig):
+        super().__init__()
+        self.config = config
+        self.distilbert = DistilBert(config)
+        self.pre_classifier = nn.Linear(config.dim, config.dim)
+        self.classifier = nn.Linear(config.dim, config.num_labels)
+        self.dropout = nn.Dropout(config.seq_classif_dropout)
+        self.apply(init_weights)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Logits (B, num_labels) of token ids (B, T) int64; `attention_mask` (B, T) is 0 where there is padding.
+
+        Raises IndexError for an id outside the vocabulary or a text longer than `config.max_position_embeddings`.
+        """
+        cls = self.distilbert(input_ids, attention_mask)  # (B, D)
+        return self.classifier(self.dropout(F.relu(self.pre_classifier(cls))))
+
+
+def init_weights(module: nn.Module) -> None:
+    """A new layer as BERT starts it: N(0, 0.02^2), biases zero (Devlin et al.'s code, `initializer_range`)."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)
