@@ -17,13 +17,12 @@ BATCH = 64  # examples at a time; no gradient is kept, so more than in training
 class Forward:
     """From example numbers to logits: pad, move to the device, run under autocast."""
 
-    def __init__(self, model: nn.Module, tokenizer: Tokenizer, device: torch.device, dtype: torch.dtype):
+    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype):
         self.model, self.device, self.dtype = model, device, dtype
-        self.pad_id = tokenizer.token_to_id("[PAD]") or 0
 
     def __call__(self, texts: TokenizedTexts, batch: np.ndarray) -> torch.Tensor:
         """Logits (B, num_labels) in float32."""
-        input_ids, mask = pad(texts, batch, self.pad_id)
+        input_ids, mask = pad(texts, batch)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return self.model(input_ids.to(self.device), mask.to(self.device)).float()
 

@@ -138,7 +138,7 @@ def run(options: Options) -> dict[str, Any]:
     model.print_trainable_parameters()
     trainable, total = model.get_nb_trainable_parameters()
     halve_frozen_weights(model, dtype)
-    forward = Forward(model, tokenizer, device, dtype)
+    forward = Forward(model, device, dtype)
 
     # Evaluate, train, evaluate.
     make_folder(output_dir)

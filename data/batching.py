@@ -59,10 +59,13 @@ def evaluation_batches(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
-def pad(texts: TokenizedTexts, batch: np.ndarray, pad_id: int = 0) -> tuple[Tensor, Tensor]:
-    """input_ids (B, T) int64, padded with `pad_id` to the longest text of the batch, and attention_mask (B, T) bool."""
+def pad(texts: TokenizedTexts, batch: np.ndarray) -> tuple[Tensor, Tensor]:
+    """input_ids (B, T) int64, padded to the longest text of the batch, and attention_mask (B, T) bool.
+
+    Padding is id 0, [PAD] in the BERT family; any would do, since the mask hides it.
+    """
     lengths = texts.offsets[batch + 1] - texts.offsets[batch]
     mask = np.arange(lengths.max()) < lengths[:, None]  # (B, T), true where there is a token
-    input_ids = np.full(mask.shape, pad_id, dtype=np.int64)
+    input_ids = np.zeros(mask.shape, dtype=np.int64)
     input_ids[mask] = np.concatenate([texts.ids[texts.offsets[i] : texts.offsets[i + 1]] for i in batch])
     return torch.from_numpy(input_ids), torch.from_numpy(mask)

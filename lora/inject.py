@@ -50,8 +50,9 @@ def inject(model: nn.Module, config: LoraConfig) -> None:
         if config.bias == "lora_only":
             _train_bias(layer)
     if config.bias == "all":
-        for module in list(model.modules()):
-            _train_bias(module)
+        for name, module in model.named_modules():
+            if not _within(name, head):
+                _train_bias(module)
     for name in head:
         _put(model, name, ModuleToSave(model.get_submodule(name).requires_grad_(False)))
 
@@ -156,12 +157,11 @@ def unload(model: nn.Module, keep: bool) -> None:
         unmerge(model)
     for name, module in list(model.named_modules()):
         if hasattr(module, "original_bias"):
-            if not keep:
-                module.bias.data = module.original_bias
+            module.bias.data = module.bias.data.to(module.original_bias.dtype) if keep else module.original_bias
             del module.original_bias
         if isinstance(module, LoRALinear):
             linear = nn.Linear(module.in_features, module.out_features, device="meta")
-            linear.weight, linear.bias = module.weight, module.bias
+            linear.weight, linear.bias = module.weight, module.bias  # type: ignore[assignment]
             _put(model, name, linear.train(module.training))
         elif isinstance(module, ModuleToSave):
             dtype = next(module.original_module.parameters()).dtype

@@ -58,10 +58,10 @@ class LoRALinear(nn.Linear):
     model renames no key of its checkpoint. A and B are float32 whatever the weight is.
     """
 
-    bias: nn.Parameter | None  # type: ignore[assignment]
+    bias: Tensor | None  # type: ignore[assignment]
     W0: Tensor | None  # the pretrained weight, kept aside while `weight` holds W0 + dW
 
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, r: int, lora_alpha: float, lora_dropout: float = 0.0):
+    def __init__(self, weight: Tensor, bias: Tensor | None, r: int, lora_alpha: float, lora_dropout: float = 0.0):
         nn.Module.__init__(self)  # nn.Linear's own would make and fill a weight that is there already
         self.weight, self.bias = weight, bias
         self.out_features, self.in_features = weight.shape
