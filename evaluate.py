@@ -10,6 +10,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import TokenizedTexts, evaluation_batches, pad
+from errors import UserError
 
 BATCH = 64  # examples at a time; no gradient is kept, so more than in training
 
@@ -33,7 +34,10 @@ def predict(forward: Forward, texts: TokenizedTexts, what: str) -> np.ndarray:
     forward.model.eval()
     with torch.inference_mode(), progress(len(texts), what) as bar:
         for batch in evaluation_batches(texts.lengths, BATCH):
-            predictions[batch] = forward(texts, batch).argmax(dim=-1).cpu().numpy()
+            logits = forward(texts, batch)
+            if not logits.isfinite().all():
+                raise UserError("the model computes no finite numbers: try a smaller --learning-rate, or --dtype float32")
+            predictions[batch] = logits.argmax(dim=-1).cpu().numpy()
             bar.update(len(batch))
     return predictions
 

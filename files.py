@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import safetensors.torch
-from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -41,8 +41,9 @@ def hub_is_reachable(seconds: float = 8.0) -> bool:
 
     def ask() -> None:
         try:
-            get_hf_file_metadata(hf_hub_url("distilbert/distilbert-base-uncased", "config.json"), timeout=seconds / 2)
-            answers.append(True)
+            url = hf_hub_url("distilbert/distilbert-base-uncased", "config.json")
+            metadata = get_hf_file_metadata(url, timeout=seconds / 2)
+            answers.append(metadata.commit_hash is not None)  # else it is the log-in page of some network
         except HfHubHTTPError as error:  # "no such file" is an answer, too; "out of order" is none
             answers.append(error.response is not None and error.response.status_code < 500)
         except Exception:  # offline mode, no route, no name, no certificate: all of them mean no
@@ -61,24 +62,23 @@ def hub_file(repo_id: str, filename: str, revision: str | None = None, repo_type
     repository, revision or file.
     """
     what = {"model": "model", "dataset": "data set"}[repo_type]
-    online = hub_is_reachable()
     try:
-        return Path(hf_hub_download(repo_id, filename, revision=revision, repo_type=repo_type, local_files_only=not online))
+        if hub_is_reachable():
+            return Path(hf_hub_download(repo_id, filename, revision=revision, repo_type=repo_type))
+        # hf_hub_download would use the network even if told not to: its telemetry asks the hub, and waits for the name server
+        cached = try_to_load_from_cache(repo_id, filename, revision=revision, repo_type=repo_type)
+        if isinstance(cached, str):
+            return Path(cached)
     except HFValidationError:
         raise UserError(f"{repo_id!r} is neither a folder nor the name of a {what} on the hub: check the spelling") from None
     except RevisionNotFoundError:
-        raise UserError(f"the {what} {repo_id} has no revision {revision!r} on the hub: check --revision") from None
+        raise UserError(f"the {what} {repo_id} has no revision {revision!r} on the hub: check the spelling") from None
     except GatedRepoError:
         raise UserError(f"the {what} {repo_id} is gated: ask for access on its page, then run 'hf auth login'") from None
     except RepositoryNotFoundError:
         raise UserError(f"there is no {what} {repo_id!r}, neither as a folder here nor on {constants.ENDPOINT}") from None
     except LocalEntryNotFoundError as error:
-        if online and constants.HF_HUB_OFFLINE is False:
-            raise UserError(f"the hub did not deliver {filename} of {repo_id} ({_reason(error)}): try again") from error
-        raise HubUnreachable(
-            f"{constants.ENDPOINT} cannot be reached and the cache on this machine lacks {filename} of the {what} {repo_id}: "
-            "connect and try again, or name a folder"
-        ) from error
+        raise UserError(f"the hub did not deliver {filename} of {repo_id} ({_reason(error)}): try again") from error
     except EntryNotFoundError:
         raise UserError(f"the {what} {repo_id} has no {filename} on the hub; nothing else is read in its place") from None
     except PermissionError as error:
@@ -87,6 +87,10 @@ def hub_file(repo_id: str, filename: str, revision: str | None = None, repo_type
         if type(error).__module__.split(".")[0] in ("httpx", "httpx2", "requests", "huggingface_hub", "builtins"):
             raise UserError(f"the download of {filename} of {repo_id} broke off ({_reason(error)}): try again") from error
         raise
+    raise HubUnreachable(
+        f"{constants.ENDPOINT} cannot be reached and the cache on this machine lacks {filename} of the {what} {repo_id}: "
+        "connect and try again, or name a folder"
+    )
 
 
 def _reason(error: BaseException) -> str:
@@ -145,8 +149,11 @@ def new_folder(folder: Path | str) -> Iterator[Path]:
 
 def refuse_to_overwrite(folder: Path) -> None:
     """Raises UserError if there is anything at `folder` that a new run or model would mix with."""
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder} exists and is not an empty folder: name another, or move it away")
+    try:
+        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            raise UserError(f"{folder} exists and is not an empty folder: name another, or move it away")
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}; name another folder") from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -159,7 +166,8 @@ def write_text(path: Path, text: str) -> None:
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it was renamed, or there is no folder for it
+            temporary.unlink()
 
 
 def _flush(path: Path) -> None:

@@ -8,6 +8,7 @@ python train.py --help                                   every option
 
 import argparse
 import dataclasses
+import io
 import json
 import math
 import re
@@ -84,10 +85,12 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"{flag(name)} is {value}; it must be {least} at least")
-        if not 0 < self.learning_rate < math.inf:
-            raise UserError(f"--learning-rate is {self.learning_rate}; it must be above 0")
+        if self.seed >= 1 << 63:
+            raise UserError(f"--seed is {self.seed}; it must be below 2**63")
+        if not 0 < self.learning_rate < 1e30:
+            raise UserError(f"--learning-rate is {self.learning_rate}; it must be above 0, and a number that float32 holds")
         if not 0 <= self.weight_decay < math.inf:
-            raise UserError(f"--weight-decay is {self.weight_decay}; it must be 0 at least")
+            raise UserError(f"--weight-decay is {self.weight_decay}; it must be a number from 0")
         if not 0 <= self.warmup <= 1:
             raise UserError(f"--warmup is {self.warmup}; it is a share of the steps, from 0 to 1")
         for name, values in [("dtype", ("auto", "float32", "bfloat16")), ("device", ("auto", "cpu", "cuda", "mps"))]:
@@ -112,7 +115,7 @@ def run(options: Options) -> dict[str, Any]:
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
     config = options.lora_config()
-    output_dir = Path(options.output_dir or f"runs/{datetime.now():%Y-%m-%d-%H%M%S}")
+    output_dir = Path(f"runs/{datetime.now():%Y-%m-%d-%H%M%S}" if options.output_dir is None else options.output_dir)
     refuse_to_overwrite(output_dir)
 
     # Data and model: what was asked for, or, where nothing was and there is no hub, what is embedded.
@@ -128,6 +131,8 @@ def run(options: Options) -> dict[str, Any]:
         raise UserError(
             f"--max-length is {options.max_length}, and {model_name} reads {base.config.max_position_embeddings} tokens"
         )
+    if options.r > base.config.dim:
+        raise UserError(f"--r is {options.r}, and no layer of {model_name} has a rank above {base.config.dim}")
     train_split, test_split = dataset.train.first(options.train_limit), dataset.test.first(options.test_limit)
     train_texts = tokenize(tokenizer, train_split.texts, options.max_length)
     test_texts = tokenize(tokenizer, test_split.texts, options.max_length)
@@ -176,7 +181,8 @@ def run(options: Options) -> dict[str, Any]:
 def load_or_step_in(load: Callable[[str], Any], asked: str | None, default: str, embedded: str) -> tuple[Any, str, str]:
     """(what was loaded, its name, a notice if the embedded one stepped in). A name that was typed is obeyed or refused."""
     try:
-        return load(asked or default), asked or default, ""
+        name = default if asked is None else asked
+        return load(name), name, ""
     except HubUnreachable:
         if asked is not None:
             raise
@@ -241,8 +247,8 @@ def train(forward: Forward, texts: TokenizedTexts, labels: np.ndarray, options: 
 
 def schedule(step: int, steps: int, warmup: float) -> float:
     """The share of the highest learning rate at `step` of 1..steps: up to 1 in warmup * steps, then down towards 0."""
-    rising = warmup * steps
-    return step / rising if step < rising else (steps - step + 1) / max(1.0, steps - rising + 1)
+    rising = max(1.0, warmup * steps)
+    return min(step / rising, (steps - step + 1) / (steps - rising + 1))
 
 
 def warn_of_a_long_run(bar: tqdm, seconds_per_example: float, examples: int) -> None:
@@ -293,11 +299,13 @@ def parse(arguments: list[str] | None = None) -> Options:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # rather than fail at a class name that the console cannot show
     try:
         run(parse(arguments))
         return 0
     except UserError as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        print("train.py:", " ".join(str(error).splitlines()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("train.py: interrupted", file=sys.stderr)

@@ -8,6 +8,7 @@ Three forms of `train` and `test` are understood:
 
 import csv
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,17 +60,18 @@ def load_dataset(name_or_path: str) -> Dataset:
         train, test = SAMPLE / "train.jsonl", SAMPLE / "test.jsonl"
     elif name_or_path == "ag_news":
         train, test = (hub_file(AG_NEWS, f"{part}.jsonl", repo_type="dataset") for part in ("train", "test"))
-    elif folder.is_dir():
+    elif os.path.isdir(folder):  # unlike Path.is_dir, it has an answer for a name that is too long
         train, test = _find(folder)
-    elif folder.is_file():
+    elif os.path.isfile(folder):
         raise UserError(f"{folder} is a file: name a folder that holds train{folder.suffix} and test{folder.suffix}")
     else:
         raise UserError(f"there is no data set {name_or_path!r}: name a folder, or one of ag_news and sample")
 
     train_rows, test_rows = list(_read(train)), list(_read(test))
     names = _label_names(train, train_rows)
-    if len(names) < 2:
-        raise UserError(f"{train}: every row has the label {train_rows[0].label!r}; there must be two classes at least")
+    if all(row.label == train_rows[0].label for row in train_rows):
+        label = _short(repr(train_rows[0].label))
+        raise UserError(f"{train}: every row has the label {label}; there must be two classes at least")
     numbers = {label: i for i, label in enumerate(names)}
     return Dataset(_split(train, train_rows, numbers), _split(test, test_rows, numbers), list(names.values()))
 
@@ -91,8 +93,9 @@ def _read(path: Path) -> Iterator[Row]:
     empty = True
     try:
         for row in rows:
-            if not isinstance(row.text, str) or not row.text.strip():
-                raise UserError(f"{path}, line {row.line}: the text is empty; remove the row")
+            for what, value in [("text", row.text), ("label", str(row.label))]:
+                if not value.strip():
+                    raise UserError(f"{path}, line {row.line}: the {what} is empty; fill it in or remove the row")
             for value in (row.text, str(row.label), row.label_text or ""):
                 value.isascii() or value.encode()  # JSON can smuggle in half a character, which nobody can read
             empty = False
@@ -124,13 +127,17 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
             try:
                 fields = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}, line {number}: not a JSON object ({error})") from error
+                reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+                raise UserError(f"{path}, line {number}: not JSON ({reason}); want one whole object a line") from error
             if not isinstance(fields, dict) or "text" not in fields or "label" not in fields:
                 raise UserError(f'{path}, line {number}: want an object with "text" and "label"')
-            label, label_text = fields["label"], fields.get("label_text")
+            text, label, label_text = fields["text"], fields["label"], fields.get("label_text")
+            if not isinstance(text, str):
+                raise UserError(f"{path}, line {number}: the text {_short(json.dumps(text))} is no string; put it in quotes")
             if isinstance(label, bool) or not isinstance(label, int | str):
-                raise UserError(f"{path}, line {number}: the label {json.dumps(label)} is neither a whole number nor a name")
-            yield Row(number, fields["text"], label, label_text if isinstance(label_text, str) else None)
+                label = _short(json.dumps(label))
+                raise UserError(f"{path}, line {number}: the label {label} is neither a whole number nor a name; make it one")
+            yield Row(number, text, label, label_text if isinstance(label_text, str) else None)
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
@@ -152,7 +159,7 @@ def _read_csv(path: Path) -> Iterator[Row]:
                     yield _ag_news_row(path, line, fields)
                 line = reader.line_num + 1
         except csv.Error as error:
-            raise UserError(f"{path}, line {reader.line_num}: not CSV ({error})") from error
+            raise UserError(f"{path}, line {line}: the row that begins here is not CSV ({error}); mend its quotes") from error
 
 
 def _named_row(path: Path, line: int, header: list[str], fields: list[str]) -> Row:
@@ -171,13 +178,18 @@ def _ag_news_row(path: Path, line: int, fields: list[str]) -> Row:
     label, title, description = fields
     number = _number(label)
     if isinstance(number, str):
-        raise UserError(f"{path}, line {line}: the class {label!r} is not a number from 1")
+        raise UserError(f"{path}, line {line}: the class {_short(repr(label))} is not a number from 1")
     return Row(line, f"{title} {description}", number)
 
 
 def _number(label: str) -> int | str:
     label = label.strip()
     return int(label) if label.isdecimal() and len(label) < 10 else label
+
+
+def _short(text: str) -> str:
+    """What a message shows of a value that may be a whole article, in the wrong column."""
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _read_class_names(path: Path) -> list[str] | None:
@@ -187,28 +199,41 @@ def _read_class_names(path: Path) -> list[str] | None:
         return None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as UTF-8: {error}") from error
-    return [name.strip() for name in names if name.strip()]
+    names = [name.strip() for name in names if name.strip()]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"{path} names {_short(repr(twice[0]))} twice; each class needs a name of its own")
+    return names
 
 
 def _label_names(path: Path, rows: list[Row]) -> dict[int | str, str]:
     """The labels of the training rows in order, each with what it is called."""
     first = rows[0].label
     names: dict[int | str, str] = {}
+    labels: dict[str, int | str] = {}
     for row in rows:
         name = row.label_text or str(row.label)
+        where, label, called = f"{path}, line {row.line}", _short(repr(row.label)), _short(repr(name))
         if type(row.label) is not type(first):
-            raise UserError(f"{path}, line {row.line}: the label {row.label!r} in a file that began with {first!r}")
-        if names.setdefault(row.label, name) != name:
-            raise UserError(f"{path}, line {row.line}: label {row.label!r} is called {name!r}, and {names[row.label]!r} before")
+            raise UserError(f"{where}: the label {label} in a file that began with {_short(repr(first))}; keep to one kind")
+        if (before := names.setdefault(row.label, name)) != name:
+            raise UserError(f"{where}: label {label} is called {called}, and {_short(repr(before))} before; keep one name")
+        if (other := labels.setdefault(name, row.label)) != row.label:
+            raise UserError(f"{where}: label {label} is called {called}, as {_short(repr(other))} is; give each its own name")
     if isinstance(first, str):
         return {label: names[label] for label in sorted(names)}
-    if path.suffix == ".csv" and (listed := _read_class_names(path.parent / "classes.txt")):
-        return dict(enumerate(listed, 1))
     start = 0 if 0 in names else 1
+    if path.suffix == ".csv" and (listed := _read_class_names(path.parent / "classes.txt")):
+        numbered: dict[int | str, str] = dict(enumerate(listed, start))
+        for row in rows:
+            if row.label not in numbered:
+                raise UserError(
+                    f"{path}, line {row.line}: label {row.label} has no name among the {len(listed)} in classes.txt"
+                )
+        return numbered
     numbers = range(start, start + len(names))
     if absent := sorted(set(numbers) - set(names)):
-        labels = ", ".join(str(label) for label in sorted(names)[:10])
-        raise UserError(f"{path}: the labels are {labels}, so {absent[0]} never occurs; number them without gaps from 0 or 1")
+        there = ", ".join(_short(str(label)) for label in sorted(names)[:10])
+        raise UserError(f"{path}: the labels are {there}, so {absent[0]} never occurs; number them without gaps from 0 or 1")
     return {label: names[label] for label in numbers}
 
 
@@ -216,7 +241,7 @@ def _split(path: Path, rows: list[Row], numbers: dict[int | str, int]) -> Split:
     labels = np.empty(len(rows), dtype=np.int64)
     for i, row in enumerate(rows):
         if row.label not in numbers:
-            known = ", ".join(str(label) for label in list(numbers)[:10])
-            raise UserError(f"{path}, line {row.line}: label {row.label!r} is none of the training part's: {known}")
+            label, known = _short(repr(row.label)), ", ".join(_short(repr(label)) for label in list(numbers)[:10])
+            raise UserError(f"{path}, line {row.line}: label {label} is none of the training part's: {known}")
         labels[i] = numbers[row.label]
     return Split([row.text for row in rows], labels)

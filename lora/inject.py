@@ -24,6 +24,7 @@ class ModuleToSave(nn.Module):
         self.original_module = module
         self.trained_module = copy.deepcopy(module).float().requires_grad_(True)
         self.enabled = True
+        self.train(module.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.enabled:

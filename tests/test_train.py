@@ -1,0 +1,149 @@
+"""The experiment as a user runs it, on the embedded encoder and corpus; and its metric, schedule and options."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sklearn.metrics
+import torch
+
+import train
+from machine import choose_dtype
+from train import Options, confusion_matrix, macro_f1, main, parse, schedule
+
+ROOT = Path(__file__).parent.parent
+SHORT = ["--model", "minilm", "--dataset", "sample", "--train-limit", "48", "--test-limit", "16", "--epochs", "1"]
+
+
+@pytest.mark.parametrize("classes", [2, 4, 7])
+def test_macro_f1_is_that_of_scikit_learn(classes):
+    rng = np.random.default_rng(classes)
+    for size in (1, 5, 50, 1000):
+        labels, predictions = rng.integers(classes, size=(2, size))
+        matrix = confusion_matrix(labels, predictions, classes)
+        assert matrix.tolist() == sklearn.metrics.confusion_matrix(labels, predictions, labels=range(classes)).tolist()
+        assert macro_f1(matrix) == pytest.approx(sklearn.metrics.f1_score(labels, predictions, average="macro"), abs=1e-12)
+
+
+def test_a_class_that_neither_occurs_nor_is_predicted_is_left_out_and_one_that_does_either_counts():
+    labels, predictions = np.array([0, 0, 1, 1]), np.array([0, 0, 1, 0])
+    f1 = (4 / 5 + 2 / 3) / 2  # class 0: TP 2, FP 1; class 1: TP 1, FN 1
+    assert macro_f1(confusion_matrix(labels, predictions, 4)) == pytest.approx(f1)
+    predictions[3] = 2  # never right, but predicted
+    assert macro_f1(confusion_matrix(labels, predictions, 4)) == pytest.approx((1 + 2 / 3 + 0) / 3)
+
+
+def test_the_learning_rate_rises_to_its_highest_and_falls_towards_zero_linearly():
+    rates = [schedule(step, 100, 0.1) for step in range(1, 101)]
+    assert rates[:10] == pytest.approx([step / 10 for step in range(1, 11)])
+    falls = np.diff(rates[9:])
+    assert falls == pytest.approx([falls[0]] * 90)
+    assert 0 < rates[-1] < 0.02
+    assert schedule(1, 3, 0.0) == 1.0
+    assert 0 < schedule(1, 1, 1.0) <= 1.0
+
+
+def test_every_option_is_a_flag_with_a_help_text_and_what_is_typed_arrives(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"--{name.replace('_', '-')} " in text for name in Options.__dataclass_fields__)
+    assert parse([]) == Options()
+    typed = parse(["--r", "8", "--target-modules", "k_lin", "q_lin", "--learning-rate", "5e-4", "--model", "./here"])
+    assert (typed.r, list(typed.target_modules), typed.learning_rate, typed.model) == (8, ["k_lin", "q_lin"], 5e-4, "./here")
+
+
+def test_one_target_that_is_no_plain_name_is_a_regular_expression():
+    assert Options(target_modules=("all-linear",)).lora_config().target_modules == "all-linear"
+    assert Options(target_modules=(r".*\.q_lin",)).lora_config().target_modules == r".*\.q_lin"
+    assert Options(target_modules=("q_lin",)).lora_config().target_modules == ["q_lin"]
+
+
+def test_bfloat16_is_chosen_where_the_processor_has_it_and_obeyed_where_it_is_typed(monkeypatch):
+    cpu = torch.device("cpu")
+    for there, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda there=there: there)
+        assert choose_dtype("auto", cpu) == expected
+    assert choose_dtype("bfloat16", cpu) == torch.bfloat16
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory) -> tuple[Path, str]:
+    """`python train.py` with its default options, on the embedded encoder and sample: its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    command = [sys.executable, "train.py", "--model", "minilm", "--dataset", "sample", "--output-dir", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def test_the_sample_is_learned_from_near_chance_to_over_0_90(whole_run):
+    folder, printed = whole_run
+    results = json.loads((folder / "results.json").read_text())
+    assert results["before"]["macro_f1"] < 0.45
+    assert results["after"]["macro_f1"] >= 0.90
+    assert f"macro-F1 before training: {results['before']['macro_f1']:.4f}" in printed
+    assert f"macro-F1 after training:  {results['after']['macro_f1']:.4f}" in printed
+    assert "trainable params: 167,812 || all params: 22,881,800 || trainable%: 0.7334" in printed
+
+
+def test_results_json_says_what_was_run_and_what_came_out(whole_run):
+    results = json.loads((whole_run[0] / "results.json").read_text())
+    assert (results["model"], results["dataset"], results["embedded"]) == ("minilm", "sample", False)
+    assert (results["seed"], results["device"]) == (0, "cpu")
+    assert results["parameters"] == {"trainable": 167_812, "all": 22_881_800, "percent": 0.7334}
+    assert results["options"]["r"] == 2
+    assert results["options"]["target_modules"] == ["q_lin", "v_lin"]
+    for when in ("before", "after"):
+        matrix = np.array(results[when]["confusion_matrix"])
+        assert matrix.sum() == 136  # every test example exactly once
+        assert matrix.sum(axis=1).tolist() == [34, 34, 34, 34]
+        assert results[when]["macro_f1"] == macro_f1(matrix)
+        assert list(results[when]["per_class_f1"]) == ["World", "Sports", "Business", "Sci/Tech"]
+    measured = results["train"]
+    assert measured["examples"] == 536 * results["options"]["epochs"]
+    assert measured["examples_per_second"] == pytest.approx(measured["examples"] / measured["seconds"], rel=0.01)
+    assert 200 < measured["peak_memory_mb"] < 4000
+
+
+def test_metrics_jsonl_has_a_line_for_each_logged_step_and_the_loss_falls(whole_run):
+    folder = whole_run[0]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = json.loads((folder / "results.json").read_text())["train"]["steps"]
+    assert [line["step"] for line in lines] == [*range(10, steps, 10), steps]
+    assert lines[-1]["loss"] < 0.5 * lines[0]["loss"]
+    assert set(lines[0]) == {"step", "epoch", "loss", "learning_rate", "gradient_norm", "examples_per_second"}
+
+
+def test_the_same_seed_gives_the_same_numbers_digit_for_digit_and_another_seed_does_not(tmp_path):
+    runs = []
+    for name, seed in (("one", "0"), ("two", "0"), ("three", "1")):
+        assert main([*SHORT, "--seed", seed, "--output-dir", str(tmp_path / name)]) == 0
+        results = json.loads((tmp_path / name / "results.json").read_text())
+        losses = [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        runs.append((results["before"], results["after"], losses))
+    assert runs[0] == runs[1]
+    assert runs[0][2] != runs[2][2]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("options", [["--bias", "all"], ["--bias", "lora_only"], ["--target-modules", "all-linear"]])
+def test_every_kind_of_training_runs_in_either_type(tmp_path, options, dtype):
+    few = ["--train-limit", "16", "--test-limit", "8", "--max-length", "16"]
+    assert main([*SHORT, *few, *options, "--dtype", dtype, "--output-dir", str(tmp_path / "run")]) == 0
+
+
+def test_a_run_that_would_take_over_a_quarter_of_an_hour_says_so_with_the_remedy():
+    said = []
+
+    class Bar:
+        write = staticmethod(said.append)
+
+    train.warn_of_a_long_run(Bar, seconds_per_example=0.1, examples=8_000)
+    assert said == []
+    train.warn_of_a_long_run(Bar, seconds_per_example=0.1, examples=360_000)
+    assert "600 minutes" in said[0]
+    assert "--train-limit 6000" in said[0]
