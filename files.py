@@ -156,11 +156,12 @@ def refuse_to_overwrite(folder: Path) -> None:
         raise UserError(f"{folder} cannot be written: {error.strerror}; name another folder") from error
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all: to a temporary sibling, flushed to disk, then renamed."""
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: to a temporary sibling, flushed to disk, then renamed. Makes its folder."""
     temporary = path.with_name(f".{path.name}.partial")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
         _flush(temporary)
         os.replace(temporary, path)
     except OSError as error:

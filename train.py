@@ -31,7 +31,7 @@ from tqdm import tqdm
 from data import TokenizedTexts, load_dataset, tokenize, training_batches
 from errors import UserError
 from evaluate import Forward, confusion_matrix, f1_per_class, macro_f1, predict, progress, scores
-from files import HubUnreachable, refuse_to_overwrite, write_text
+from files import HubUnreachable, refuse_to_overwrite, write_file
 from lora import LoraConfig, get_peft_model
 from machine import choose_device, choose_dtype, halve_frozen_weights, peak_memory_mb
 from model import load_pretrained
@@ -171,7 +171,7 @@ def run(options: Options) -> dict[str, Any]:
         "after": scores(after, names),
         "train": trained | {"peak_memory_mb": peak_memory_mb(device)},
     }
-    write_text(output_dir / "results.json", json.dumps(results, indent=2) + "\n")
+    write_file(output_dir / "results.json", json.dumps(results, indent=2).encode() + b"\n")
     print(f"results in {output_dir}")
     if notice:
         print(notice)

@@ -10,7 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from errors import UserError
-from lora.layer import LoraConfig, LoRALinear
+from lora.config import LoraConfig
+from lora.layer import LoRALinear
+from lora.variants import DoRALinear, initialise
 
 
 class ModuleToSave(nn.Module):
@@ -33,8 +35,10 @@ class ModuleToSave(nn.Module):
         return self.trained_module(*args, **kwargs)
 
 
-def inject(model: nn.Module, config: LoraConfig) -> None:
+def inject(model: nn.Module, config: LoraConfig) -> list[str]:
     """Put LoRA into `model`, in place, and freeze all of it but the adapters, the head and the biases asked for.
+
+    Returns what to call the adapted layers in a list of targets.
 
     Raises UserError if a target matches nothing or is no linear layer, and if LoRA is in the model already.
     """
@@ -46,7 +50,10 @@ def inject(model: nn.Module, config: LoraConfig) -> None:
     model.requires_grad_(False)
     for name in targets:
         linear = typing.cast(nn.Linear, model.get_submodule(name))
-        layer = LoRALinear.from_linear(linear, config.r, config.lora_alpha, config.lora_dropout)
+        r, alpha = of_its_own(config.rank_pattern, name, config.r), of_its_own(config.alpha_pattern, name, config.lora_alpha)
+        kind = DoRALinear if config.use_dora else LoRALinear
+        layer = kind.from_linear(linear, r, alpha, config.lora_dropout, config.use_rslora)
+        initialise(layer, config.init_lora_weights)
         _put(model, name, layer)
         if config.bias == "lora_only":
             _train_bias(layer)
@@ -56,6 +63,7 @@ def inject(model: nn.Module, config: LoraConfig) -> None:
                 _train_bias(module)
     for name in head:
         _put(model, name, ModuleToSave(model.get_submodule(name).requires_grad_(False)))
+    return _short_names(model, targets)
 
 
 def target_modules(model: nn.Module, config: LoraConfig, head: list[str]) -> list[str]:
@@ -77,6 +85,12 @@ def target_modules(model: nn.Module, config: LoraConfig, head: list[str]) -> lis
             if not any(_ends_in(name, end) for name in modules):
                 raise UserError(f"target_modules: no layer is called {end!r}; there are: {_ends(linear)}")
         found = [name for name in modules if any(_ends_in(name, end) for end in wanted)]
+    if config.layers_to_transform is not None:
+        chosen = config.layers_to_transform
+        numbers = [chosen] if isinstance(chosen, int) else chosen
+        found = [name for name in found if _layer_number(name) in numbers]
+        if not found:
+            raise UserError(f"layers_to_transform is {chosen!r}, and none of those layers has a target")
     if not found:
         raise UserError(f"target_modules is {wanted!r}, which matches no layer; there are: {_ends(linear)}")
     for name in found:
@@ -85,6 +99,13 @@ def target_modules(model: nn.Module, config: LoraConfig, head: list[str]) -> lis
         if _within(name, head):
             raise UserError(f"target_modules: {name} is trained in full already (modules_to_save): leave it out of one of them")
     return found
+
+
+def _short_names(model: nn.Module, targets: list[str]) -> list[str]:
+    """The ends of the targets' names if these mean the same layers, or the whole names: what any version of peft reads."""
+    ends = sorted({name.rpartition(".")[2] for name in targets})
+    meant = [name for name, _ in model.named_modules() if any(_ends_in(name, end) for end in ends)]
+    return ends if sorted(meant) == sorted(targets) else sorted(targets)
 
 
 def modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
@@ -102,6 +123,14 @@ def modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
     return found
 
 
+def of_its_own(patterns: dict[str, Any], name: str, usual: Any) -> Any:
+    """The value of the first pattern that the end of `name` matches, or the usual one."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return usual
+
+
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trainable, all), counted as peft counts: a trained head beside its frozen original counts twice among all."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
@@ -114,18 +143,18 @@ def disabled(model: nn.Module) -> Iterator[None]:
     layers = [module for module in model.modules() if isinstance(module, LoRALinear | ModuleToSave)]
     enabled = [layer.enabled for layer in layers]
     merged = [layer for layer in layers if isinstance(layer, LoRALinear) and layer.merged]
-    biases = [(module, module.bias.data) for module in model.modules() if hasattr(module, "original_bias")]
+    biases = [module for module in model.modules() if getattr(module, "trained_bias", 0) is None]  # those in use
     try:
         for layer in layers:
             layer.enabled = False
         for layer in merged:
             layer.unmerge()
-        for module, _ in biases:
-            module.bias.data = module.original_bias
+        for module in biases:
+            module.trained_bias, module.bias.data = module.bias.data, module.original_bias
         yield
     finally:
-        for module, bias in biases:
-            module.bias.data = bias
+        for module in biases:
+            module.bias.data, module.trained_bias = module.trained_bias, None  # type: ignore[assignment]
         for layer in merged:
             layer.merge()
         for layer, was in zip(layers, enabled, strict=True):
@@ -159,7 +188,7 @@ def unload(model: nn.Module, keep: bool) -> None:
     for name, module in list(model.named_modules()):
         if hasattr(module, "original_bias"):
             module.bias.data = module.bias.data.to(module.original_bias.dtype) if keep else module.original_bias
-            del module.original_bias
+            del module.original_bias, module.trained_bias
         if isinstance(module, LoRALinear):
             linear = nn.Linear(module.in_features, module.out_features, device="meta")
             linear.weight, linear.bias = module.weight, module.bias  # type: ignore[assignment]
@@ -178,9 +207,14 @@ def _put(model: nn.Module, name: str, module: nn.Module) -> None:
 def _train_bias(module: nn.Module) -> None:
     bias = getattr(module, "bias", None)
     if isinstance(bias, nn.Parameter):
-        module.register_buffer("original_bias", bias.detach().clone(), persistent=False)  # what disabled() gives back
+        module.register_buffer("original_bias", bias.detach().clone(), persistent=False)  # what disabled() gives back ...
+        module.register_buffer("trained_bias", None, persistent=False)  # ... and where the trained one is until then
         bias.data = bias.data.float()
         bias.requires_grad_(True)
+
+
+def _layer_number(name: str) -> int | None:
+    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
 
 
 def _ends_in(name: str, end: str) -> bool:

@@ -17,7 +17,7 @@ import train
 from data import load_dataset, tokenize
 from errors import UserError
 from evaluate import Forward, predict
-from files import write_text
+from files import write_file
 from model import DistilBertConfig, DistilBertForSequenceClassification, load_pretrained, save_pretrained
 from model.pretrained import HEAD
 
@@ -111,7 +111,7 @@ def data_refusal(folder, **files):
     [
         ('{"text": "x", "label" 1}', ["':' delimiter at column 23", "one whole object a line"]),
         ('{"text": "x",', ["not JSON", "one whole object a line"]),
-        ("[" * 100_000, ["not JSON"]),
+        pytest.param("[" * 100_000, ["not JSON"], id="nested too deeply"),
         ('["x", 1]', ['want an object with "text" and "label"']),
         ('"x"', ['want an object with "text" and "label"']),
         ('{"text": "x"}', ['want an object with "text" and "label"']),
@@ -125,12 +125,12 @@ def data_refusal(folder, **files):
         ('{"text": "x", "label": 1.0}', ["the label 1.0 is neither a whole number nor a name"]),
         ('{"text": "x", "label": NaN}', ["the label NaN is neither a whole number nor a name"]),
         ('{"text": "x", "label": null}', ["the label null is neither a whole number nor a name"]),
-        (json.dumps({"text": "x", "label": [1] * 1000}), ["the label [1, 1,", "..."]),
-        ('{"text": "x", "label": ' + "9" * 5000 + "}", ["not JSON"]),
+        pytest.param(json.dumps({"text": "x", "label": [1] * 1000}), ["the label [1, 1,", "..."], id="a list of labels"),
+        pytest.param('{"text": "x", "label": ' + "9" * 5000 + "}", ["not JSON"], id="5000 digits"),
         ('{"text": "x", "label": "one"}', ["the label 'one' in a file that began with 0", "keep to one kind"]),
         ('{"text": "x \\ud800", "label": 1}', ["half a surrogate pair", "remove it"]),
         ('{"text": "x", "label": "\\udc00"}', ["half a surrogate pair", "remove it"]),
-        ('{"text": "x \ud800", "label": 1}', ["not UTF-8", "save the file as UTF-8"]),
+        pytest.param('{"text": "x \ud800", "label": 1}', ["not UTF-8", "save the file as UTF-8"], id="a raw surrogate"),
     ],
 )
 def test_a_bad_row_of_jsonl_is_refused_with_its_line(tmp_path, row, says):
@@ -278,7 +278,7 @@ def test_a_data_set_that_is_a_file_is_refused_with_the_names_that_its_folder_sho
     assert message == f"{tmp_path / 'my.csv'} is a file: name a folder that holds train.csv and test.csv"
 
 
-@pytest.mark.parametrize("name", ["agnews", "no/such/folder", "two\nlines", "x" * 300])
+@pytest.mark.parametrize("name", ["agnews", "no/such/folder", "two\nlines", pytest.param("x" * 300, id="long")])
 def test_an_unknown_data_set_is_refused_with_the_names_there_are(name):
     message = refusal(load_dataset, name)
     assert message == f"there is no data set {name!r}: name a folder, or one of ag_news and sample"
@@ -395,7 +395,9 @@ def test_a_configuration_of_another_model_or_of_none_is_refused(model, changes, 
     assert says in message
 
 
-@pytest.mark.parametrize("content", [b"", b"{nope", b"[" * 100_000, b'{"dim": "\xe9"}', b"[1, 2]", b"null"])
+@pytest.mark.parametrize(
+    "content", [b"", b"{nope", pytest.param(b"[" * 100_000, id="deep"), b'{"dim": "\xe9"}', b"[1, 2]", b"null"]
+)
 def test_a_configuration_that_is_no_json_object_is_refused(model, content):
     (model / "config.json").write_bytes(content)
     assert model_refusal(model).startswith(str(model / "config.json"))
@@ -549,7 +551,7 @@ def test_an_empty_name_is_refused_and_not_taken_for_the_default(capsys, tmp_path
         ("file", "exists and is not an empty folder: name another, or move it away"),
         ("full", "exists and is not an empty folder: name another, or move it away"),
         ("file/below", "cannot be made: Not a directory"),
-        ("x" * 300, "cannot be written: File name too long"),
+        pytest.param("x" * 300, "cannot be written: File name too long", id="long"),
     ],
 )
 def test_an_output_folder_that_cannot_be_new_is_refused_and_what_is_there_stays(capsys, tmp_path, base_folder, name, says):
@@ -564,7 +566,7 @@ def test_an_output_folder_that_cannot_be_new_is_refused_and_what_is_there_stays(
 
 def test_a_file_that_cannot_be_written_is_refused_by_name(tmp_path):
     (tmp_path / "file").write_text("")
-    message = refusal(write_text, tmp_path / "file" / "results.json", "{}")
+    message = refusal(write_file, tmp_path / "file" / "results.json", b"{}")
     assert message.startswith(f"{tmp_path / 'file' / 'results.json'} cannot be written")
 
 

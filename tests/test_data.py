@@ -240,7 +240,7 @@ def padded(lengths, batches):
 
 @pytest.mark.parametrize("size", [1, 2, 31, 32, 33, 100, POOL * 32, POOL * 32 + 1, 3777])
 @pytest.mark.parametrize("batch_size", [1, 7, 32, 5000])
-def test_every_batching_has_every_example_exactly_once_and_one_batch_that_is_not_full_per_pool(size, batch_size):
+def test_every_batching_has_every_example_exactly_once_and_at_most_one_batch_that_is_not_full(size, batch_size):
     lengths = lengths_of(size)
     for batches in (training_batches(lengths, batch_size, 0, 0), evaluation_batches(lengths, batch_size)):
         assert np.sort(np.concatenate(batches)).tolist() == list(range(size))

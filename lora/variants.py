@@ -1,0 +1,51 @@
+"""LoRA's variants, each in a few lines beside the idea. rsLoRA is one expression in lora/layer.py, LoRA+ is in train.py."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora.layer import LoRALinear
+
+
+class DoRALinear(LoRALinear):
+    """W = m (W0 + dW) / ||W0 + dW||, row by row, and m (d_out,) is trained, too: length apart from direction.
+
+    Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation" (arXiv:2402.09353), equation 5. The norm is a constant for
+    the gradient (section 4.3), and the bias stays as it is. A row of W0 that is all zeros has no direction and gives NaN.
+    """
+
+    def reset_magnitude(self) -> None:
+        """m = ||W0 + dW||: the layer starts as W0 + dW is."""
+        self.lora_magnitude_vector = nn.Parameter(self.row_norms())
+
+    def row_norms(self) -> Tensor:
+        """||W0 + dW|| of each row, (d_out,) in float32, detached."""
+        return torch.linalg.norm(super().merged_weight().detach(), dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        if self.merged or not self.enabled:
+            return y
+        g = (self.lora_magnitude_vector / self.row_norms()).to(x.dtype)
+        if self.training and self.lora_dropout.p > 0:
+            x = self.lora_dropout(x)
+            Wx = F.linear(x, self.weight)
+        else:
+            Wx = y if self.bias is None else y - self.bias
+        A, B = self.lora_A.weight.to(x.dtype), self.lora_B.weight.to(x.dtype)
+        return y + ((g - 1) * Wx + g * F.linear(F.linear(x, A), B) * self.scaling)
+
+    def merged_weight(self) -> Tensor:
+        return (self.lora_magnitude_vector / self.row_norms())[:, None] * super().merged_weight()
+
+
+def initialise(layer: LoRALinear, how: bool | str) -> None:
+    """How A and B start where it is not as usual: A ~ N(0, 1 / r^2) ("gaussian", as Hu et al. write), or B not zero (False)."""
+    if how == "gaussian":
+        nn.init.normal_(layer.lora_A.weight, std=1 / layer.lora_A.out_features)
+    elif how is False:
+        nn.init.kaiming_uniform_(layer.lora_B.weight, a=math.sqrt(5))
+    if isinstance(layer, DoRALinear):
+        layer.reset_magnitude()
