@@ -137,8 +137,8 @@ def new_folder(folder: Path | str) -> Iterator[Path]:
     try:
         yield temporary
         for path in [*temporary.rglob("*"), temporary]:
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())  # as if it had not been made in private
             _flush(path)
-        temporary.chmod(0o777 & ~_umask())
         os.replace(temporary, folder)
         _flush(folder.parent)
     except OSError as error:

@@ -6,108 +6,34 @@ python train.py --dataset my/folder                      your own train and test
 python train.py --help                                   every option
 """
 
-import argparse
 import dataclasses
 import io
 import json
 import math
-import re
 import sys
 import time
-import typing
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 from torch import nn
 from tqdm import tqdm
 
-from data import TokenizedTexts, load_dataset, tokenize, training_batches
+from data import TokenizedTexts, evaluation_batches, load_dataset, tokenize, training_batches
 from errors import UserError
 from evaluate import Forward, confusion_matrix, f1_per_class, macro_f1, predict, progress, scores
-from files import HubUnreachable, refuse_to_overwrite, write_file
-from lora import LoraConfig, get_peft_model
+from files import HubUnreachable, new_folder, refuse_to_overwrite, write_file
+from lora import PeftModel, get_peft_model
 from machine import choose_device, choose_dtype, halve_frozen_weights, peak_memory_mb
-from model import load_pretrained
+from model import DistilBertForSequenceClassification, load_pretrained, save_pretrained
+from options import DEFAULT_DATASET, DEFAULT_MODEL, EMBEDDED_DATASET, EMBEDDED_MODEL, Options, parse
 
-DEFAULT_MODEL, EMBEDDED_MODEL = "distilbert-base-uncased", "minilm"
-DEFAULT_DATASET, EMBEDDED_DATASET = "ag_news", "sample"
 LOG_EVERY = 10  # steps
-
-
-def option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
-@dataclass
-class Options:
-    model: str | None = option(
-        None, f"a hub id, a folder, or {EMBEDDED_MODEL} [{DEFAULT_MODEL}; {EMBEDDED_MODEL} if the hub cannot be reached]"
-    )
-    dataset: str | None = option(
-        None, f"ag_news, sample, or a folder [{DEFAULT_DATASET}; {EMBEDDED_DATASET} if the hub cannot be reached]"
-    )
-    train_limit: int | None = option(None, "train on the first so many examples only")
-    test_limit: int | None = option(None, "test on the first so many examples only")
-    r: int = option(2, "rank of the adapters")
-    lora_alpha: float = option(16.0, "scale of the adapters: dW = (alpha / r) B A")
-    lora_dropout: float = option(0.1, "dropout on the input of the adapters")
-    target_modules: tuple[str, ...] = option(
-        ("q_lin", "v_lin"), "linear layers to adapt: names, a regular expression, or all-linear"
-    )
-    bias: str = option("none", "biases to train: none, all, lora_only")
-    epochs: int = option(3, "passes over the training examples")
-    batch_size: int = option(32, "examples a step")
-    learning_rate: float = option(1e-3, "highest learning rate of AdamW")
-    weight_decay: float = option(0.01, "weight decay of AdamW")
-    warmup: float = option(0.1, "share of the steps in which the learning rate rises; then it falls to 0, both linearly")
-    max_length: int = option(256, "tokens of a text that are read")
-    seed: int = option(0, "of the head, the adapters, the order of examples and dropout")
-    output_dir: str | None = option(None, "folder for the results, new or empty [runs/ and a name of its own]")
-    dtype: str = option("auto", "of the frozen weights and the arithmetic: auto (bfloat16 where it is fast), float32, bfloat16")
-    device: str = option("auto", "auto (the best there is), cpu, cuda, mps")
-
-    def __post_init__(self) -> None:
-        for name, least in [
-            ("train_limit", 1),
-            ("test_limit", 1),
-            ("epochs", 1),
-            ("batch_size", 1),
-            ("max_length", 3),
-            ("seed", 0),
-        ]:
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"{flag(name)} is {value}; it must be {least} at least")
-        if self.seed >= 1 << 63:
-            raise UserError(f"--seed is {self.seed}; it must be below 2**63")
-        if not 0 < self.learning_rate < 1e30:
-            raise UserError(f"--learning-rate is {self.learning_rate}; it must be above 0, and a number that float32 holds")
-        if not 0 <= self.weight_decay < math.inf:
-            raise UserError(f"--weight-decay is {self.weight_decay}; it must be a number from 0")
-        if not 0 <= self.warmup <= 1:
-            raise UserError(f"--warmup is {self.warmup}; it is a share of the steps, from 0 to 1")
-        for name, values in [("dtype", ("auto", "float32", "bfloat16")), ("device", ("auto", "cpu", "cuda", "mps"))]:
-            if getattr(self, name) not in values:
-                raise UserError(f"{flag(name)} is {getattr(self, name)!r}; it can be {', '.join(values)}")
-
-    def lora_config(self) -> LoraConfig:
-        targets: list[str] | str = list(self.target_modules)
-        if len(targets) == 1 and (targets[0] == "all-linear" or not re.fullmatch(r"[\w.]+", targets[0])):
-            targets = targets[0]
-        return LoraConfig(
-            r=self.r,
-            lora_alpha=self.lora_alpha,
-            lora_dropout=self.lora_dropout,
-            target_modules=targets,
-            bias=self.bias,
-        )
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -117,12 +43,15 @@ def run(options: Options) -> dict[str, Any]:
     config = options.lora_config()
     output_dir = Path(f"runs/{datetime.now():%Y-%m-%d-%H%M%S}" if options.output_dir is None else options.output_dir)
     refuse_to_overwrite(output_dir)
+    if options.merged_output is not None:
+        refuse_to_overwrite(Path(options.merged_output))
 
     # Data and model: what was asked for, or, where nothing was and there is no hub, what is embedded.
     dataset, dataset_name, notice = load_or_step_in(load_dataset, options.dataset, DEFAULT_DATASET, EMBEDDED_DATASET)
+    names = dataset.label_names
     torch.manual_seed(options.seed)  # the head starts at random
     (base, tokenizer), model_name, model_notice = load_or_step_in(
-        lambda name: load_pretrained(name, len(dataset.label_names)), options.model, DEFAULT_MODEL, EMBEDDED_MODEL
+        lambda name: load_pretrained(name, len(names), options.revision), options.model, DEFAULT_MODEL, EMBEDDED_MODEL
     )
     notice = "\n".join(filter(None, [model_notice, notice]))
     if notice:
@@ -139,6 +68,7 @@ def run(options: Options) -> dict[str, Any]:
     print(f"model {model_name}, data {dataset_name}: {len(train_split):,} examples to train on, {len(test_split):,} to test on")
 
     # LoRA: everything is frozen but the adapters and the head.
+    config = dataclasses.replace(config, base_model_name_or_path=model_name)
     model = get_peft_model(base, config).to(device)
     model.print_trainable_parameters()
     trainable, total = model.get_nb_trainable_parameters()
@@ -147,7 +77,6 @@ def run(options: Options) -> dict[str, Any]:
 
     # Evaluate, train, evaluate.
     make_folder(output_dir)
-    names = dataset.label_names
     before = confusion_matrix(test_split.labels, predict(forward, test_texts, "before"), len(names))
     print(f"macro-F1 before training: {macro_f1(before):.4f}")
     trained = train(forward, train_texts, train_split.labels, options, output_dir / "metrics.jsonl")
@@ -157,7 +86,6 @@ def run(options: Options) -> dict[str, Any]:
         print(f"  F1 of {name:<20} {f1:.4f}")
 
     # Keep the result.
-    save_trained(model, output_dir / "trained.safetensors")
     results = {
         "model": model_name,
         "dataset": dataset_name,
@@ -172,7 +100,15 @@ def run(options: Options) -> dict[str, Any]:
         "train": trained | {"peak_memory_mb": peak_memory_mb(device)},
     }
     write_file(output_dir / "results.json", json.dumps(results, indent=2).encode() + b"\n")
-    print(f"results in {output_dir}")
+
+    def fresh_base() -> DistilBertForSequenceClassification:
+        return load_pretrained(model_name, len(names), options.revision)[0]
+
+    save(forward, fresh_base(), tokenizer, names, test_texts, output_dir / "adapter")
+    print(f"saved {output_dir}/results.json, metrics.jsonl and adapter (loaded again onto a fresh base: equal logits)")
+    if options.merged_output is not None:
+        difference = save_merged(fresh_base(), tokenizer, names, test_texts, output_dir / "adapter", options.merged_output)
+        print(f"saved {options.merged_output}, the merged model (its logits differ by {difference:.1g} at most)")
     if notice:
         print(notice)
     return results
@@ -192,8 +128,9 @@ def load_or_step_in(load: Callable[[str], Any], asked: str | None, default: str,
 
 def train(forward: Forward, texts: TokenizedTexts, labels: np.ndarray, options: Options, log: Path) -> dict[str, Any]:
     """The loop: AdamW on what is trainable, one line of metrics every LOG_EVERY steps. Returns what it measured."""
-    parameters = [parameter for parameter in forward.model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=options.weight_decay)
+    groups = parameter_groups(forward.model, options.learning_rate, options.loraplus_lr_ratio)
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    optimizer = torch.optim.AdamW(groups, weight_decay=options.weight_decay)
     examples = options.epochs * len(labels)
     steps = options.epochs * math.ceil(len(labels) / options.batch_size)
     step, losses, done = 0, [], 0
@@ -203,9 +140,9 @@ def train(forward: Forward, texts: TokenizedTexts, labels: np.ndarray, options: 
         for epoch in range(options.epochs):
             for batch in training_batches(texts.lengths, options.batch_size, options.seed, epoch):
                 step += 1
-                learning_rate = options.learning_rate * schedule(step, steps, options.warmup)
+                share = schedule(step, steps, options.warmup)
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate
+                    group["lr"] = share * group["highest_lr"]
 
                 logits = forward(texts, batch)
                 loss = F.cross_entropy(logits, torch.from_numpy(labels[batch]).to(logits.device))
@@ -228,7 +165,7 @@ def train(forward: Forward, texts: TokenizedTexts, labels: np.ndarray, options: 
                         "step": step,
                         "epoch": epoch,
                         "loss": mean,
-                        "learning_rate": learning_rate,
+                        "learning_rate": share * options.learning_rate,
                         "gradient_norm": norm.item(),
                         "examples_per_second": done / seconds,
                     }
@@ -245,6 +182,17 @@ def train(forward: Forward, texts: TokenizedTexts, labels: np.ndarray, options: 
     }
 
 
+def parameter_groups(model: nn.Module, learning_rate: float, ratio: float) -> list[dict[str, Any]]:
+    """Everything trainable; B learns `ratio` times as fast as the rest (LoRA+, Hayou et al. 2024, arXiv:2402.12354)."""
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not named:
+        raise UserError("nothing in this model is trainable: load the adapter with is_trainable=True")
+    groups = {learning_rate: [], learning_rate * ratio: []}  # type: dict[float, list[nn.Parameter]]
+    for name, parameter in named:
+        groups[learning_rate * (ratio if name.endswith(".lora_B.weight") else 1)].append(parameter)
+    return [{"params": group, "highest_lr": highest} for highest, group in groups.items()]
+
+
 def schedule(step: int, steps: int, warmup: float) -> float:
     """The share of the highest learning rate at `step` of 1..steps: up to 1 in warmup * steps, then down towards 0."""
     rising = max(1.0, warmup * steps)
@@ -258,6 +206,45 @@ def warn_of_a_long_run(bar: tqdm, seconds_per_example: float, examples: int) -> 
         bar.write(f"training will take about {minutes:,.0f} minutes here; --train-limit {limit} with --epochs 1 takes about 10")
 
 
+def save(
+    forward: Forward, fresh: nn.Module, tokenizer: Tokenizer, names: list[str], texts: TokenizedTexts, folder: Path
+) -> None:
+    """The adapter, its tokenizer and label names, in a folder that is there only if it gives the same logits when loaded."""
+    batch = evaluation_batches(texts.lengths, 32)[-1]
+    with new_folder(folder) as new:
+        forward.model.save_pretrained(new)
+        tokenizer.save(str(new / "tokenizer.json"))
+        (new / "label_names.json").write_text(json.dumps(names) + "\n", encoding="utf-8")
+
+        again = PeftModel.from_pretrained(fresh, new).to(forward.device)
+        halve_frozen_weights(again, forward.dtype)
+        forward.model.eval()
+        models: list[nn.Module] = [forward.model, again]
+        with torch.inference_mode():
+            logits = [Forward(model, forward.device, forward.dtype)(texts, batch) for model in models]
+        if not torch.equal(*logits):
+            raise AssertionError(f"the saved adapter gives logits that differ by {(logits[0] - logits[1]).abs().max()}")
+
+
+@torch.inference_mode()
+def save_merged(
+    fresh: DistilBertForSequenceClassification,
+    tokenizer: Tokenizer,
+    names: list[str],
+    texts: TokenizedTexts,
+    adapter: Path,
+    folder: str,
+) -> float:
+    """W0 + dW in float32 as a `transformers` folder. Returns by how much merging has moved the logits, rounding as it is."""
+    batch = evaluation_batches(texts.lengths, 32)[-1]
+    cpu = torch.device("cpu")
+    model = PeftModel.from_pretrained(fresh, adapter)
+    before = Forward(model, cpu, torch.float32)(texts, batch)
+    model.merge_and_unload()
+    save_pretrained(fresh, tokenizer, folder, names)
+    return (Forward(fresh, cpu, torch.float32)(texts, batch) - before).abs().max().item()
+
+
 def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -265,44 +252,11 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"--output-dir {folder} cannot be made: {error.strerror}") from error
 
 
-def save_trained(model: nn.Module, path: Path) -> None:
-    tensors = {name: tensor.detach().cpu() for name, tensor in model.named_parameters() if tensor.requires_grad}
-    safetensors.torch.save_file(tensors, path)
-
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise UserError(f"{message}; see {self.prog} --help")
-
-
-def parse(arguments: list[str] | None = None) -> Options:
-    """The command line made from Options: each field is a flag."""
-    assert __doc__ is not None
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    for item in dataclasses.fields(Options):
-        several = isinstance(item.default, tuple)
-        kind = next(kind for kind in (int, float, str) if kind in (item.type, *typing.get_args(item.type)))
-        shown = " ".join(item.default) if isinstance(item.default, tuple) else item.default
-        parser.add_argument(
-            flag(item.name),
-            type=kind,
-            nargs="+" if several else None,
-            default=item.default,
-            metavar=kind.__name__.upper(),
-            help=item.metadata["help"] + ("" if shown is None else f" [{shown}]"),
-        )
-    return Options(**vars(parser.parse_args(arguments)))
-
-
 def main(arguments: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # rather than fail at a class name that the console cannot show
     try:
-        run(parse(arguments))
+        run(parse(arguments, __doc__))
         return 0
     except UserError as error:
         print("train.py:", " ".join(str(error).splitlines()), file=sys.stderr)

@@ -25,9 +25,7 @@ class PeftModel(nn.Module):
         self.base_model = model
         self.peft_config = dataclasses.replace(
             config,
-            target_modules=inject.short_names(model, targets)
-            if config.target_modules == "all-linear"
-            else config.target_modules,
+            target_modules=targets if config.target_modules == "all-linear" else config.target_modules,
             modules_to_save=inject.modules_to_save(model, config),
             base_model_name_or_path=config.base_model_name_or_path or getattr(model, "name_or_path", None) or None,
         )

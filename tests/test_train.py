@@ -12,7 +12,8 @@ import torch
 
 import train
 from machine import choose_dtype
-from train import Options, confusion_matrix, macro_f1, main, parse, schedule
+from options import Options, parse
+from train import confusion_matrix, macro_f1, main, schedule
 
 ROOT = Path(__file__).parent.parent
 SHORT = ["--model", "minilm", "--dataset", "sample", "--train-limit", "48", "--test-limit", "16", "--epochs", "1"]
@@ -51,8 +52,8 @@ def test_every_option_is_a_flag_with_a_help_text_and_what_is_typed_arrives(capsy
         main(["--help"])
     text = capsys.readouterr().out
     assert all(f"--{name.replace('_', '-')} " in text for name in Options.__dataclass_fields__)
-    assert parse([]) == Options()
-    typed = parse(["--r", "8", "--target-modules", "k_lin", "q_lin", "--learning-rate", "5e-4", "--model", "./here"])
+    assert parse([], None) == Options()
+    typed = parse(["--r", "8", "--target-modules", "k_lin", "q_lin", "--learning-rate", "5e-4", "--model", "./here"], None)
     assert (typed.r, list(typed.target_modules), typed.learning_rate, typed.model) == (8, ["k_lin", "q_lin"], 5e-4, "./here")
 
 
