@@ -210,6 +210,7 @@ def save(
     forward: Forward, fresh: nn.Module, tokenizer: Tokenizer, names: list[str], texts: TokenizedTexts, folder: Path
 ) -> None:
     """The adapter, its tokenizer and label names, in a folder that is there only if it gives the same logits when loaded."""
+    assert isinstance(forward.model, PeftModel)
     batch = evaluation_batches(texts.lengths, 32)[-1]
     with new_folder(folder) as new:
         forward.model.save_pretrained(new)

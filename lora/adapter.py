@@ -76,7 +76,7 @@ def match_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str | Pa
         if key not in expected:
             raise UserError(f"{source} holds {key}, for which this model has no place: it was trained on another kind of model")
         theirs, ours = tuple(tensors[key].shape), tuple(expected[key].shape)
-        if theirs != ours and _counts_classes(model, key):
+        if theirs[:1] != ours[:1] and theirs[1:] == ours[1:] and _counts_classes(model, key):
             raise UserError(
                 f"{source} has {theirs[0]} classes and the model {ours[0]}: load the base model for {theirs[0]} classes"
             )

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from errors import UserError
 from files import read_json, write_file
 
+HIGHEST_RANK = 1 << 20
 CONFIG_FILE = "adapter_config.json"
 # What peft writes and what changes nothing here, whatever it says ...
 IGNORED = {
@@ -59,8 +61,13 @@ class LoraConfig:
     def __post_init__(self) -> None:
         ranks = {"r": self.r} | {f"rank_pattern[{key!r}]": r for key, r in self.rank_pattern.items()}
         for name, r in ranks.items():
-            if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+            if isinstance(r, bool) or not isinstance(r, int) or not 1 <= r < HIGHEST_RANK:
                 raise UserError(f"{name} is {r!r}; the rank of an adapter is a whole number from 1")
+        for pattern in [*self.rank_pattern, *self.alpha_pattern]:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(f"rank_pattern and alpha_pattern: {pattern!r} is no regular expression: {error}") from error
         alphas = {"lora_alpha": self.lora_alpha} | {f"alpha_pattern[{key!r}]": a for key, a in self.alpha_pattern.items()}
         for name, alpha in alphas.items():
             if not _is_number(alpha) or not 0 < alpha < math.inf:

@@ -88,7 +88,7 @@ def target_modules(model: nn.Module, config: LoraConfig, head: list[str]) -> lis
     if config.layers_to_transform is not None:
         chosen = config.layers_to_transform
         numbers = [chosen] if isinstance(chosen, int) else chosen
-        found = [name for name in found if _layer_number(name) in numbers]
+        found = [name for name in found if name in wanted or _layer_number(name) in numbers]  # a whole name means itself
         if not found:
             raise UserError(f"layers_to_transform is {chosen!r}, and none of those layers has a target")
     if not found:
@@ -214,7 +214,8 @@ def _train_bias(module: nn.Module) -> None:
 
 
 def _layer_number(name: str) -> int | None:
-    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
+    """The first number in a name, where peft looks for it: behind two components at least, and not at the end."""
+    return next((int(part) for part in name.split(".")[2:-1] if part.isdecimal()), None)
 
 
 def _ends_in(name: str, end: str) -> bool:
