@@ -1,8 +1,7 @@
-"""LoRA in a whole model, of whatever kind: find the targets, swap them, freeze the rest, count, switch off, merge, take out."""
+"""LoRA in a whole model, of whatever kind: swap the layers, freeze the rest, count, switch off, merge, take out."""
 
 import contextlib
 import copy
-import re
 import typing
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from errors import UserError
 from lora.config import LoraConfig
 from lora.layer import LoRALinear
+from lora.targets import is_within, modules_to_save, of_its_own, short_names, target_modules
 from lora.variants import DoRALinear, initialise
 
 
@@ -31,15 +31,16 @@ class ModuleToSave(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.enabled:
             return self.original_module(*args, **kwargs)
-        args = tuple(arg.float() if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args)
-        return self.trained_module(*args, **kwargs)
+        dtype = next((arg.dtype for arg in args if _is_float(arg)), None)
+        args = tuple(arg.float() if _is_float(arg) else arg for arg in args)
+        output = self.trained_module(*args, **kwargs)
+        return output.to(dtype) if dtype and isinstance(output, Tensor) else output  # over 16-bit weights, 16 bits again
 
 
 def inject(model: nn.Module, config: LoraConfig) -> list[str]:
     """Put LoRA into `model`, in place, and freeze all of it but the adapters, the head and the biases asked for.
 
-    Returns what to call the adapted layers in a list of targets.
-
+    Returns what a list of targets calls the adapted layers.
     Raises UserError if a target matches nothing or is no linear layer, and if LoRA is in the model already.
     """
     if any(isinstance(module, LoRALinear | ModuleToSave) for module in model.modules()):
@@ -59,76 +60,11 @@ def inject(model: nn.Module, config: LoraConfig) -> list[str]:
             _train_bias(layer)
     if config.bias == "all":
         for name, module in model.named_modules():
-            if not _within(name, head):
+            if not is_within(name, head):
                 _train_bias(module)
     for name in head:
         _put(model, name, ModuleToSave(model.get_submodule(name).requires_grad_(False)))
-    return _short_names(model, targets)
-
-
-def target_modules(model: nn.Module, config: LoraConfig, head: list[str]) -> list[str]:
-    """The full names of the linear layers that `config.target_modules` means, in the model's order."""
-    modules = {name: module for name, module in model.named_modules() if name}
-    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-    wanted = config.target_modules
-    if not wanted:
-        raise UserError(f"target_modules is empty; it can name any of: {_ends(linear)}")
-    if wanted == "all-linear":
-        found = [name for name in linear if not _within(name, head)]
-    elif isinstance(wanted, str):
-        try:
-            found = [name for name in modules if re.fullmatch(wanted, name)]
-        except re.error as error:
-            raise UserError(f"target_modules is {wanted!r}, which is no regular expression: {error}") from error
-    else:
-        for end in wanted:
-            if not any(_ends_in(name, end) for name in modules):
-                raise UserError(f"target_modules: no layer is called {end!r}; there are: {_ends(linear)}")
-        found = [name for name in modules if any(_ends_in(name, end) for end in wanted)]
-    if config.layers_to_transform is not None:
-        chosen = config.layers_to_transform
-        numbers = [chosen] if isinstance(chosen, int) else chosen
-        found = [name for name in found if name in wanted or _layer_number(name) in numbers]  # a whole name means itself
-        if not found:
-            raise UserError(f"layers_to_transform is {chosen!r}, and none of those layers has a target")
-    if not found:
-        raise UserError(f"target_modules is {wanted!r}, which matches no layer; there are: {_ends(linear)}")
-    for name in found:
-        if name not in linear:
-            raise UserError(f"target_modules: {name} is a {type(modules[name]).__name__}; LoRA here adapts linear layers only")
-        if _within(name, head):
-            raise UserError(f"target_modules: {name} is trained in full already (modules_to_save): leave it out of one of them")
-    return found
-
-
-def _short_names(model: nn.Module, targets: list[str]) -> list[str]:
-    """The ends of the targets' names if these mean the same layers, or the whole names: what any version of peft reads."""
-    ends = sorted({name.rpartition(".")[2] for name in targets})
-    meant = [name for name, _ in model.named_modules() if any(_ends_in(name, end) for end in ends)]
-    return ends if sorted(meant) == sorted(targets) else sorted(targets)
-
-
-def modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
-    """The full names of the modules that are trained in full: the head, and what `config.modules_to_save` adds."""
-    ends = config.modules_to_save or []
-    names = [name for name, _ in model.named_modules() if name]
-    for end in ends:
-        if not any(_ends_in(name, end) for name in names) and end not in ("classifier", "score"):  # peft lists both, always
-            raise UserError(f"modules_to_save: no module is called {end!r}; there are: {_ends(names)}")
-    is_head = re.compile(r"(.*\.)?(\w*classifier|score)").fullmatch if config.task_type == "SEQ_CLS" else lambda name: None
-    found: list[str] = []
-    for name in names:
-        if (is_head(name) or any(_ends_in(name, end) for end in ends)) and not _within(name, found):
-            found.append(name)
-    return found
-
-
-def of_its_own(patterns: dict[str, Any], name: str, usual: Any) -> Any:
-    """The value of the first pattern that the end of `name` matches, or the usual one."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return usual
+    return short_names(model, targets)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -213,20 +149,5 @@ def _train_bias(module: nn.Module) -> None:
         bias.requires_grad_(True)
 
 
-def _layer_number(name: str) -> int | None:
-    """The first number in a name, where peft looks for it: behind two components at least, and not at the end."""
-    return next((int(part) for part in name.split(".")[2:-1] if part.isdecimal()), None)
-
-
-def _ends_in(name: str, end: str) -> bool:
-    return name == end or name.endswith(f".{end}")
-
-
-def _within(name: str, modules: list[str]) -> bool:
-    return any(name == module or name.startswith(f"{module}.") for module in modules)
-
-
-def _ends(names: list[str]) -> str:
-    """The distinct last components of names, for a message."""
-    ends = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
-    return ", ".join([end for end in ends if not end.isdecimal()][:20])
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()

@@ -106,7 +106,7 @@ def test_another_base_model(folder):
     torch.manual_seed(0)
     shape = {"vocab_size": 99, "dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 64}
     wider = transformers.DistilBertForSequenceClassification(transformers.DistilBertConfig(**shape, num_labels=4)).eval()
-    assert "the model wants (3, 64): it was trained on another base model" in refusal(folder, wider)
+    assert "is (4, 32), and the model wants (4, 64): it was trained on another base model" in refusal(folder, wider)
 
 
 def test_another_kind_of_model(folder):

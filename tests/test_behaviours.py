@@ -16,7 +16,7 @@ from torch import nn
 from errors import UserError
 from lora import LoraConfig, LoRALinear, PeftModel, get_peft_model
 from lora.adapter import adapter_tensors
-from lora.inject import of_its_own, target_modules
+from lora.targets import of_its_own, target_modules
 from lora.variants import DoRALinear
 from train import parameter_groups
 
