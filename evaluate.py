@@ -16,7 +16,7 @@ BATCH = 64  # examples at a time; no gradient is kept, so more than in training
 
 
 class Forward:
-    """From example numbers to logits: pad, move to the device, run under autocast."""
+    """From example numbers to logits, in training as in evaluation: pad, move to the device, run under autocast."""
 
     def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype):
         self.model, self.device, self.dtype = model, device, dtype
@@ -29,10 +29,13 @@ class Forward:
 
 
 def predict(forward: Forward, texts: TokenizedTexts, what: str) -> np.ndarray:
-    """(N,) the likeliest class of every text, each evaluated exactly once, without dropout."""
+    """(N,) the likeliest class of every text, each evaluated exactly once. Leaves the model in evaluation mode.
+
+    Raises UserError if the model computes what is no finite number.
+    """
     predictions = np.empty(len(texts), dtype=np.int64)
     forward.model.eval()
-    with torch.inference_mode(), progress(len(texts), what) as bar:
+    with torch.inference_mode(), progress(len(texts), what, leave=False) as bar:
         for batch in evaluation_batches(texts.lengths, BATCH):
             logits = forward(texts, batch)
             if not logits.isfinite().all():
@@ -71,6 +74,6 @@ def scores(matrix: np.ndarray, names: list[str]) -> dict[str, Any]:
     }
 
 
-def progress(total: int, what: str) -> tqdm:
+def progress(total: int, what: str, leave: bool = True) -> tqdm:
     interval = 0.2 if sys.stderr.isatty() else 10.0  # seconds: a log wants fewer lines than a screen
-    return tqdm(total=total, desc=what, unit=" examples", mininterval=interval, leave=what == "train")
+    return tqdm(total=total, desc=what, unit=" examples", mininterval=interval, leave=leave)

@@ -9,6 +9,7 @@ from errors import UserError
 
 
 def choose_device(name: str) -> torch.device:
+    """The device of that name, or the best there is. Raises UserError if this machine has none."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(device for device, there in available.items() if there)
@@ -29,8 +30,8 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
-def halve_frozen_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """Frozen matrices need neither gradient nor float32. Vectors (biases, LayerNorms) are small and stay as they are."""
+def cast_frozen_matrices(model: nn.Module, dtype: torch.dtype) -> None:
+    """Make every frozen matrix `dtype`: they need neither gradient nor float32. Vectors (biases, LayerNorms) stay float32."""
     for parameter in model.parameters():
         if not parameter.requires_grad and parameter.dim() > 1:
             parameter.data = parameter.data.to(dtype)

@@ -41,7 +41,7 @@ class Options:
     use_dora: bool = option(False, "train the lengths of W's rows apart from their directions (DoRA)")
     loraplus_lr_ratio: float = option(1.0, "let B learn so many times as fast as the rest (LoRA+; 16 is usual)")
     epochs: int = option(3, "passes over the training examples")
-    batch_size: int = option(32, "examples a step")
+    batch_size: int = option(16, "examples a step")
     learning_rate: float = option(1e-3, "highest learning rate of AdamW")
     weight_decay: float = option(0.01, "weight decay of AdamW")
     warmup: float = option(0.1, "share of the steps in which the learning rate rises; then it falls to 0, both linearly")
@@ -71,9 +71,7 @@ class Options:
         if not 0 <= self.weight_decay < math.inf:
             raise UserError(f"--weight-decay is {self.weight_decay}; it must be a number from 0")
         if not 0 < self.loraplus_lr_ratio < 1e6:
-            raise UserError(f"--loraplus-lr-ratio is {self.loraplus_lr_ratio}; it must be a number above 0")
-        if self.merged_output is not None and self.merged_output == self.output_dir:
-            raise UserError("--merged-output and --output-dir are the same folder: name two")
+            raise UserError(f"--loraplus-lr-ratio is {self.loraplus_lr_ratio}; it must be above 0 and below a million")
         if not 0 <= self.warmup <= 1:
             raise UserError(f"--warmup is {self.warmup}; it is a share of the steps, from 0 to 1")
         for name, values in [("dtype", ("auto", "float32", "bfloat16")), ("device", ("auto", "cpu", "cuda", "mps"))]:

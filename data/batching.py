@@ -35,6 +35,7 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> Tok
         encodings = tokenizer.encode_batch_fast(texts[start : start + SLICE])
         slices.append(np.concatenate([np.asarray(encoding.ids, dtype=np.int32) for encoding in encodings]))
         lengths.extend(len(encoding) for encoding in encodings)
+    tokenizer.no_truncation()  # as it was, so that a saved tokenizer does not cut
     return TokenizedTexts(np.concatenate(slices), np.cumsum(lengths, dtype=np.int64))
 
 

@@ -37,7 +37,9 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_adapter(model: nn.Module, config: LoraConfig, folder: str | Path) -> None:
-    """Write the two files into `folder`, float32 and byte for byte the same for the same adapter, merged or switched off.
+    """Write weights, configuration and, if there is none yet, a model card into `folder`.
+
+    In float32, and byte for byte the same for the same adapter, merged or switched off.
 
     Raises UserError if a tensor is not finite, and if the folder holds a whole model or cannot be written.
     """
@@ -48,7 +50,8 @@ def save_adapter(model: nn.Module, config: LoraConfig, folder: str | Path) -> No
         raise UserError(f"{folder} holds a config.json, beside which transformers finds no adapter: name another folder")
     write_file(folder / WEIGHTS_FILE, safetensors.torch.save(tensors, metadata={"format": "pt"}))
     config.save_pretrained(folder)
-    write_file(folder / "README.md", _model_card(config).encode())
+    if not (folder / "README.md").exists():
+        write_file(folder / "README.md", _model_card(config).encode())
 
 
 def read_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, Tensor]]:
@@ -101,5 +104,5 @@ def _model_card(config: LoraConfig) -> str:
     base = config.base_model_name_or_path
     header = [f"base_model: {base}", "library_name: peft", "tags:", f"- base_model:adapter:{base}", "- lora"]
     header = header if base else ["library_name: peft", "tags:", "- lora"]
-    how = f"r = {config.r}, alpha = {config.lora_alpha:g}, on {config.target_modules}"
-    return "\n".join(["---", *header, "---", "", f"A LoRA adapter ({how}), trained with plain-lora; `peft` loads it, too.", ""])
+    what = f"A LoRA adapter: r = {config.r}, alpha = {config.lora_alpha:g}, on {config.target_modules}."
+    return "\n".join(["---", *header, "---", "", what, "Trained with plain-lora; `peft` loads it onto a DistilBERT, too.", ""])

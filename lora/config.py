@@ -4,6 +4,7 @@ import json
 import math
 import re
 from dataclasses import dataclass, field, fields
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,17 @@ IGNORED = {
     "peft_type",
     "peft_version",
     "auto_mapping",
-    "inference_mode",
     "megatron_core",
     "qalora_group_size",
 }
 # ... and the starts of A and B that leave W0 alone, so that a trained adapter no longer depends on them.
 HARMLESS_INIT = (True, False, "gaussian", "orthogonal", "eva")
+
+
+class TaskType(str, Enum):
+    """peft's name for what a model is for."""
+
+    SEQ_CLS = "SEQ_CLS"
 
 
 @dataclass
@@ -57,12 +63,14 @@ class LoraConfig:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     base_model_name_or_path: str | None = None
     revision: str | None = None
+    inference_mode: bool = False  # these two for scripts written for peft; True is more than this library has
+    fan_in_fan_out: bool = False
 
     def __post_init__(self) -> None:
         ranks = {"r": self.r} | {f"rank_pattern[{key!r}]": r for key, r in self.rank_pattern.items()}
         for name, r in ranks.items():
             if isinstance(r, bool) or not isinstance(r, int) or not 1 <= r < HIGHEST_RANK:
-                raise UserError(f"{name} is {r!r}; the rank of an adapter is a whole number from 1")
+                raise UserError(f"{name} is {r!r}; the rank of an adapter is a whole number from 1, and below 2**20")
         for pattern in [*self.rank_pattern, *self.alpha_pattern]:
             try:
                 re.compile(pattern)
@@ -74,6 +82,9 @@ class LoraConfig:
                 raise UserError(f"{name} is {alpha!r}; it must be a number above 0")
         if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             raise UserError(f"lora_dropout is {self.lora_dropout!r}; a probability is at least 0 and less than 1")
+        for name in ("inference_mode", "fan_in_fan_out"):
+            if getattr(self, name) is not False:
+                raise UserError(f"{name} is {getattr(self, name)!r}; this library has False only")
         if self.bias not in ("none", "all", "lora_only"):
             raise UserError(f"bias is {self.bias!r}; it can be none, all or lora_only")
         if self.task_type not in (None, "SEQ_CLS"):
@@ -90,6 +101,7 @@ class LoraConfig:
             raise UserError(f"{path}: peft_type is {values.get('peft_type')!r}; this library reads LORA only")
         if values.get("init_lora_weights", True) in HARMLESS_INIT:
             values["init_lora_weights"] = True
+        values.pop("inference_mode", None)  # peft writes True always
         known = {item.name for item in fields(cls)}
         for key, value in values.items():
             if key not in known and key not in IGNORED and value:  # None, False, {} and [] switch an option off
@@ -107,7 +119,8 @@ class LoraConfig:
         """Write adapter_config.json: the keys that every version of peft knows, sorted."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         values = {key: sorted(value) if isinstance(value, list | tuple | set) else value for key, value in values.items()}
-        values |= {"peft_type": "LORA", "inference_mode": True, "fan_in_fan_out": False, "init_lora_weights": True}
+        # however A and B started: a trained adapter no longer depends on it
+        values |= {"peft_type": "LORA", "inference_mode": True, "init_lora_weights": True}
         text = json.dumps(values, indent=2, sort_keys=True)
         write_file(Path(folder) / CONFIG_FILE, text.encode() + b"\n")
 

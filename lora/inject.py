@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from errors import UserError
 from lora.config import LoraConfig
 from lora.layer import LoRALinear
-from lora.targets import is_within, modules_to_save, of_its_own, short_names, target_modules
+from lora.targets import find_head, find_targets, is_within, pattern_value, short_names
 from lora.variants import DoRALinear, initialise
 
 
 class ModuleToSave(nn.Module):
     """A module trained in full, the head as a rule: a float32 copy that is trained beside the frozen original.
 
-    The original is what the switched-off adapter gives back, and what counts the head twice among "all" parameters.
+    The original is what the switched-off adapter gives back, and what counts the head twice among "all" parameters. Within
+    the model, its keys are those of the two children; in an adapter's file, they are what they were.
     """
 
     def __init__(self, module: nn.Module):
@@ -37,21 +38,22 @@ class ModuleToSave(nn.Module):
         return output.to(dtype) if dtype and isinstance(output, Tensor) else output  # over 16-bit weights, 16 bits again
 
 
-def inject(model: nn.Module, config: LoraConfig) -> list[str]:
+def inject(model: nn.Module, config: LoraConfig) -> None:
     """Put LoRA into `model`, in place, and freeze all of it but the adapters, the head and the biases asked for.
 
-    Returns what a list of targets calls the adapted layers.
-    Raises UserError if a target matches nothing or is no linear layer, and if LoRA is in the model already.
+    Raises UserError, with `model` untouched, if LoRA is in it already, and for names in `config` that it does not have, that
+    are no linear layers, or that belong to the head.
     """
     if any(isinstance(module, LoRALinear | ModuleToSave) for module in model.modules()):
         raise UserError("LoRA is in this model already: unload() it first")
-    head = modules_to_save(model, config)
-    targets = target_modules(model, config, head)
+    head = find_head(model, config)
+    targets = find_targets(model, config, head)
 
     model.requires_grad_(False)
     for name in targets:
         linear = typing.cast(nn.Linear, model.get_submodule(name))
-        r, alpha = of_its_own(config.rank_pattern, name, config.r), of_its_own(config.alpha_pattern, name, config.lora_alpha)
+        r = pattern_value(config.rank_pattern, name, config.r)
+        alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
         kind = DoRALinear if config.use_dora else LoRALinear
         layer = kind.from_linear(linear, r, alpha, config.lora_dropout, config.use_rslora)
         initialise(layer, config.init_lora_weights)
@@ -64,7 +66,16 @@ def inject(model: nn.Module, config: LoraConfig) -> list[str]:
                 _train_bias(module)
     for name in head:
         _put(model, name, ModuleToSave(model.get_submodule(name).requires_grad_(False)))
-    return short_names(model, targets)
+
+
+def adapted(model: nn.Module) -> list[str]:
+    """What a list of targets calls the layers that have LoRA beside them."""
+    return short_names(model, [name for name, module in model.named_modules() if isinstance(module, LoRALinear)])
+
+
+def saved(model: nn.Module) -> list[str]:
+    """What a list of modules to save calls those that are trained in full."""
+    return short_names(model, [name for name, module in model.named_modules() if isinstance(module, ModuleToSave)])
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -79,7 +90,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
     layers = [module for module in model.modules() if isinstance(module, LoRALinear | ModuleToSave)]
     enabled = [layer.enabled for layer in layers]
     merged = [layer for layer in layers if isinstance(layer, LoRALinear) and layer.merged]
-    biases = [module for module in model.modules() if getattr(module, "trained_bias", 0) is None]  # those in use
+    biases = [m for m in model.modules() if hasattr(m, "original_bias") and m.trained_bias is None]  # not switched off yet
     try:
         for layer in layers:
             layer.enabled = False
@@ -104,7 +115,8 @@ def merge(model: nn.Module) -> None:
         for layer in layers:
             layer.merge()
     except UserError:
-        unmerge(model)
+        for layer in layers:
+            layer.unmerge()
         raise
 
 
@@ -115,15 +127,18 @@ def unmerge(model: nn.Module) -> None:
             module.unmerge()
 
 
-def unload(model: nn.Module, keep: bool) -> None:
-    """Take LoRA out of `model`, which is as it was before then (its parameters still frozen), or, with `keep`, merged."""
-    if keep:
+def unload(model: nn.Module, merged: bool) -> None:
+    """Take LoRA out: `model` as it was before, or, `merged`, with dW in its weights and the trained head in place.
+
+    Its parameters stay frozen. Raises UserError, as merge() does, if a sum is not finite.
+    """
+    if merged:
         merge(model)
     else:
         unmerge(model)
     for name, module in list(model.named_modules()):
         if hasattr(module, "original_bias"):
-            module.bias.data = module.bias.data.to(module.original_bias.dtype) if keep else module.original_bias
+            module.bias.data = module.bias.data.to(module.original_bias.dtype) if merged else module.original_bias
             del module.original_bias, module.trained_bias
         if isinstance(module, LoRALinear):
             linear = nn.Linear(module.in_features, module.out_features, device="meta")
@@ -131,7 +146,7 @@ def unload(model: nn.Module, keep: bool) -> None:
             _put(model, name, linear.train(module.training))
         elif isinstance(module, ModuleToSave):
             dtype = next(module.original_module.parameters()).dtype
-            _put(model, name, module.trained_module.to(dtype) if keep else module.original_module)
+            _put(model, name, module.trained_module.to(dtype) if merged else module.original_module)
     model.requires_grad_(False)
 
 

@@ -21,12 +21,12 @@ class PeftModel(nn.Module):
         self._attach(model, config)
 
     def _attach(self, model: nn.Module, config: LoraConfig) -> None:
-        targets = inject.inject(model, config)
+        inject.inject(model, config)
         self.base_model = model
         self.peft_config = dataclasses.replace(
             config,
-            target_modules=targets if config.target_modules == "all-linear" else config.target_modules,
-            modules_to_save=inject.modules_to_save(model, config),
+            target_modules=inject.adapted(model) if config.target_modules == "all-linear" else config.target_modules,
+            modules_to_save=inject.saved(model),
             base_model_name_or_path=config.base_model_name_or_path or getattr(model, "name_or_path", None) or None,
         )
 
@@ -63,12 +63,12 @@ class PeftModel(nn.Module):
 
     def merge_and_unload(self) -> nn.Module:
         """The model passed to get_peft_model, with the adapters added to its weights and the trained head in its place."""
-        inject.unload(self.base_model, keep=True)
+        inject.unload(self.base_model, merged=True)
         return self.base_model
 
     def unload(self) -> nn.Module:
         """The model passed to get_peft_model as it was, its original head included; its parameters stay frozen."""
-        inject.unload(self.base_model, keep=False)
+        inject.unload(self.base_model, merged=False)
         return self.base_model
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -76,7 +76,7 @@ class PeftModel(nn.Module):
         adapter.save_adapter(self.base_model, self.peft_config, folder)
 
     @classmethod
-    def from_pretrained(cls, model: nn.Module, folder: str | Path, is_trainable: bool = False) -> "PeftModel":
+    def from_pretrained(cls, model: nn.Module, folder: str | Path, *, is_trainable: bool = False) -> "PeftModel":
         """Put a saved adapter, ours or peft's, into `model`, in place; frozen and in evaluation mode unless `is_trainable`.
 
         Raises UserError, with `model` untouched, if the folder is no adapter or not one for this model.
@@ -86,9 +86,10 @@ class PeftModel(nn.Module):
         loaded._fill(tensors, is_trainable)
         return loaded
 
-    def load_adapter(self, folder: str | Path, is_trainable: bool = False) -> None:
+    def load_adapter(self, folder: str | Path, *, is_trainable: bool = False) -> None:
         """Another adapter in place of this one, on the same base model, which is neither copied nor loaded again.
 
+        (peft's puts it beside the present one, under a name of its own.)
         Raises UserError, with the present adapter untouched, if the folder is no adapter or not one for this model.
         """
         config, tensors = _read_for(self.base_model, folder)
@@ -106,7 +107,8 @@ class PeftModel(nn.Module):
 def get_peft_model(model: nn.Module, config: LoraConfig) -> PeftModel:
     """Put LoRA into `model` (in place: no weight is copied but the head's) and wrap it.
 
-    Raises UserError if a target matches nothing or is no linear layer, and if LoRA is in the model already.
+    Raises UserError if LoRA is in the model already, and for names in `config` that the model does not have, that are no
+    linear layers, or that belong to the head.
     """
     return PeftModel(model, config)
 
@@ -116,7 +118,7 @@ def _read_for(model: nn.Module, folder: str | Path) -> tuple[LoraConfig, dict[st
     config, tensors = adapter.read_adapter(folder)
     data = [*model.parameters(), *model.buffers()]
     skeleton = copy.deepcopy(model, {id(tensor): _shape_of(tensor) for tensor in data})
-    inject.unload(skeleton, keep=False)
+    inject.unload(skeleton, merged=False)
     inject.inject(skeleton, config)
     return config, adapter.match_tensors(skeleton, tensors, Path(folder) / adapter.WEIGHTS_FILE)
 

@@ -9,8 +9,11 @@ from errors import UserError
 from lora.config import LoraConfig
 
 
-def target_modules(model: nn.Module, config: LoraConfig, head: list[str]) -> list[str]:
-    """The full names of the linear layers that `config.target_modules` means, in the model's order."""
+def find_targets(model: nn.Module, config: LoraConfig, head: list[str]) -> list[str]:
+    """The full names of the linear layers that `config.target_modules` means, in the model's order.
+
+    Raises UserError if it, or an entry of it, means none, something that is no linear layer, or a part of the head.
+    """
     modules = {name: module for name, module in model.named_modules() if name}
     linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
     wanted = config.target_modules
@@ -28,7 +31,7 @@ def target_modules(model: nn.Module, config: LoraConfig, head: list[str]) -> lis
             if not any(_ends_in(name, end) for name in modules):
                 raise UserError(f"target_modules: no layer is called {end!r}; there are: {_ends(linear)}")
         found = [name for name in modules if any(_ends_in(name, end) for end in wanted)]
-    if config.layers_to_transform is not None:
+    if config.layers_to_transform not in (None, []):
         chosen = config.layers_to_transform
         numbers = [chosen] if isinstance(chosen, int) else chosen
         found = [name for name in found if name in wanted or _layer_number(name) in numbers]  # a whole name means itself
@@ -38,7 +41,9 @@ def target_modules(model: nn.Module, config: LoraConfig, head: list[str]) -> lis
         raise UserError(f"target_modules is {wanted!r}, which matches no layer; there are: {_ends(linear)}")
     for name in found:
         if name not in linear:
-            raise UserError(f"target_modules: {name} is a {type(modules[name]).__name__}; LoRA here adapts linear layers only")
+            raise UserError(
+                f"target_modules: {name} is of type {type(modules[name]).__name__}; LoRA here adapts linear layers only"
+            )
         if is_within(name, head):
             raise UserError(f"target_modules: {name} is trained in full already (modules_to_save): leave it out of one of them")
     return found
@@ -51,8 +56,11 @@ def short_names(model: nn.Module, targets: list[str]) -> list[str]:
     return ends if sorted(meant) == sorted(targets) else sorted(targets)
 
 
-def modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
-    """The full names of the modules that are trained in full: the head, and what `config.modules_to_save` adds."""
+def find_head(model: nn.Module, config: LoraConfig) -> list[str]:
+    """The full names of the modules that are trained in full: the head, and what `config.modules_to_save` adds.
+
+    Raises UserError if an entry of that means none.
+    """
     ends = config.modules_to_save or []
     names = [name for name, _ in model.named_modules() if name]
     for end in ends:
@@ -66,7 +74,7 @@ def modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
     return found
 
 
-def of_its_own(patterns: dict[str, Any], name: str, usual: Any) -> Any:
+def pattern_value(patterns: dict[str, Any], name: str, usual: Any) -> Any:
     """The value of the first pattern that the end of `name` matches, or the usual one."""
     for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", name):

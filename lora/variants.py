@@ -1,6 +1,7 @@
 """LoRA's variants, each in a few lines beside the idea. rsLoRA is one expression in lora/layer.py, LoRA+ is in train.py."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +13,14 @@ from lora.layer import LoRALinear
 class DoRALinear(LoRALinear):
     """W = m (W0 + dW) / ||W0 + dW||, row by row, and m (d_out,) is trained, too: length apart from direction.
 
-    Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation" (arXiv:2402.09353), equation 5. The norm is a constant for
-    the gradient (section 4.3), and the bias stays as it is. A row of W0 that is all zeros has no direction and gives NaN.
+    Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation" (arXiv:2402.09353), equation 5, with a length for each
+    output as in the authors' code and peft (the paper writes of columns). The norm is a constant for the gradient (section
+    4.3), and the bias stays as it is. A row of W0 that is all zeros has no direction and gives NaN.
     """
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.reset_magnitude()
 
     def reset_magnitude(self) -> None:
         """m = ||W0 + dW||: the layer starts as W0 + dW is."""
@@ -25,24 +31,25 @@ class DoRALinear(LoRALinear):
         return torch.linalg.norm(super().merged_weight().detach(), dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """y + (g - 1) W0 x + g dW x, with y = W0 x + b and g = m / ||W0 + dW||. As in peft, dropout spares y only."""
         y = F.linear(x, self.weight, self.bias)
         if self.merged or not self.enabled:
             return y
         g = (self.lora_magnitude_vector / self.row_norms()).to(x.dtype)
         if self.training and self.lora_dropout.p > 0:
             x = self.lora_dropout(x)
-            Wx = F.linear(x, self.weight)
+            W0x = F.linear(x, self.weight)
         else:
-            Wx = y if self.bias is None else y - self.bias
+            W0x = y if self.bias is None else y - self.bias
         A, B = self.lora_A.weight.to(x.dtype), self.lora_B.weight.to(x.dtype)
-        return y + ((g - 1) * Wx + g * F.linear(F.linear(x, A), B) * self.scaling)
+        return y + ((g - 1) * W0x + g * F.linear(F.linear(x, A), B) * self.scaling)
 
     def merged_weight(self) -> Tensor:
         return (self.lora_magnitude_vector / self.row_norms())[:, None] * super().merged_weight()
 
 
 def initialise(layer: LoRALinear, how: bool | str) -> None:
-    """How A and B start where it is not as usual: A ~ N(0, 1 / r^2) ("gaussian", as Hu et al. write), or B not zero (False)."""
+    """Where it is not as usual: A normal with deviation 1 / r, as peft has it ("gaussian"), or B not zero (False); then m."""
     if how == "gaussian":
         nn.init.normal_(layer.lora_A.weight, std=1 / layer.lora_A.out_features)
     elif how is False:

@@ -43,7 +43,11 @@ class Embeddings(nn.Module):
 
 
 class MultiHeadSelfAttention(nn.Module):
-    """softmax(q k^T / sqrt(D/H)) v in each of the H heads (Vaswani et al. 2017, section 3.2)."""
+    """softmax(q k^T / sqrt(D/H)) v in each of the H heads (Vaswani et al. 2017, section 3.2).
+
+    Queries come from x (B, S, D), keys and values from context (B, T, D); the two are the same but in the last layer, where
+    S = 1. The mask (B, 1, 1, T) is true where there is a token.
+    """
 
     def __init__(self, config: DistilBertConfig):
         super().__init__()
@@ -55,13 +59,13 @@ class MultiHeadSelfAttention(nn.Module):
         self.out_lin = nn.Linear(config.dim, config.dim)
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
-        def heads(y: Tensor) -> Tensor:  # (B, T, 768) -> (B, 12, T, 64)
+        def heads(y: Tensor) -> Tensor:  # (B, T, 768) -> (B, 12, T, 64), and S for T
             return y.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
 
         q, k, v = heads(self.q_lin(x)), heads(self.k_lin(context)), heads(self.v_lin(context))
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-        return self.out_lin(y.transpose(1, 2).flatten(2))  # (B, 12, T, 64) -> (B, T, 768)
+        return self.out_lin(y.transpose(1, 2).flatten(2))  # (B, 12, S, 64) -> (B, S, 768)
 
 
 class FFN(nn.Module):
@@ -113,6 +117,7 @@ class DistilBert(nn.Module):
         self.transformer = Transformer(config)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """(B, T) -> (B, D), the output at [CLS], position 0."""
         mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]  # (B, 1, 1, T)
         return self.transformer(self.embeddings(input_ids), mask)
 
@@ -139,7 +144,7 @@ class DistilBertForSequenceClassification(nn.Module):
 
 
 def init_weights(module: nn.Module) -> None:
-    """A new layer as BERT starts it: N(0, 0.02^2), biases zero (Devlin et al.'s code, `initializer_range`)."""
+    """A new layer as transformers starts it: N(0, 0.02^2), biases zero (`initializer_range`)."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear):

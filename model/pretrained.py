@@ -73,8 +73,8 @@ def load_pretrained(
         classifier = DistilBertForSequenceClassification(config)
     expected = classifier.state_dict()
     missing = [key for key in expected if key not in weights]
-    if missing[-len(HEAD) :] == list(HEAD):  # the last in the model, and all of it
-        missing = missing[: -len(HEAD)]
+    if set(HEAD) <= set(missing):
+        missing = [key for key in missing if key not in HEAD]
         for layer in (classifier.pre_classifier, classifier.classifier):
             init_weights(layer.to_empty(device="cpu"))
     if missing:
@@ -135,6 +135,8 @@ def _locate(name_or_path: str, revision: str | None) -> tuple[Path, Path, Path]:
         config = hub_file(name_or_path, "config.json", revision)
         commit = config.parent.name  # the cache's folder is named for it: all three files come from one commit
         return config, hub_file(name_or_path, names[1], commit), hub_file(name_or_path, names[2], commit)
+    if revision is not None:
+        raise UserError(f"{name_or_path} is on this machine and has no revision {revision!r}: leave out one of the two")
     return folder / names[0], folder / names[1], folder / names[2]
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from errors import UserError
 from lora import LoraConfig, LoRALinear, PeftModel, get_peft_model
 from lora.adapter import adapter_tensors
-from lora.targets import of_its_own, target_modules
+from lora.targets import find_targets, pattern_value
 from lora.variants import DoRALinear
 from train import parameter_groups
 
@@ -87,7 +87,7 @@ def test_the_scale_is_alpha_over_r_and_with_rslora_alpha_over_the_root_of_r():
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
-def test_each_layer_scales_by_the_rank_and_alpha_of_its_own(use_rslora):
+def test_each_layer_scales_by_the_rank_and_alpha_pattern_value(use_rslora):
     patterns = {"rank_pattern": {"q_lin": 8, "layer.1.attention.v_lin": 4}, "alpha_pattern": {"v_lin": 9}}
     options = {"r": 3, "lora_alpha": 6, "target_modules": Q_V, "use_rslora": use_rslora, **patterns}
     ours = get_peft_model(base_model("distilbert"), LoraConfig(**options))
@@ -121,8 +121,8 @@ def test_a_pattern_is_matched_to_the_end_of_a_name_from_any_dot_and_the_first_hi
     from peft.utils.other import get_pattern_key
 
     key = get_pattern_key(patterns.keys(), name)
-    assert of_its_own(patterns, name, 0) == patterns.get(key, 0)
-    assert of_its_own(patterns, name, 0) == expected
+    assert pattern_value(patterns, name, 0) == patterns.get(key, 0)
+    assert pattern_value(patterns, name, 0) == expected
 
 
 def test_with_the_scale_at_zero_the_output_is_that_of_the_base():
@@ -172,15 +172,15 @@ def test_targets_and_layers_are_found_as_peft_finds_them(wanted, layers_to_trans
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     expected = [name for name in linear if check_target_module_exists(reference, name)]
     if expected:
-        assert target_modules(model, LoraConfig(task_type=None, **options), []) == expected
+        assert find_targets(model, LoraConfig(task_type=None, **options), []) == expected
     else:
         with pytest.raises(UserError):
-            target_modules(model, LoraConfig(task_type=None, **options), [])
+            find_targets(model, LoraConfig(task_type=None, **options), [])
 
 
 def test_the_number_of_a_layer_is_the_first_in_its_name_and_not_that_of_an_expert():
     config = LoraConfig(target_modules=["up"], layers_to_transform=[1], task_type=None)
-    assert target_modules(stack(), config, []) == [f"model.layers.1.experts.{expert}.up" for expert in range(3)]
+    assert find_targets(stack(), config, []) == [f"model.layers.1.experts.{expert}.up" for expert in range(3)]
 
 
 def test_layers_to_transform_trains_fewer_tensors_and_loads_again_equal(tmp_path):

@@ -133,6 +133,24 @@ def test_merged_it_gives_the_same_logits_and_is_a_plain_model_again(bias):
     assert set(merged.state_dict()) == set(tiny().state_dict())
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 0.1)])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_merging_costs_rounding_only_a_few_digits_in_float32_and_more_in_bfloat16(dtype, tolerance, use_dora):
+    torch.manual_seed(0)
+    layer = get_peft_model(
+        torch.nn.Sequential(torch.nn.Linear(64, 64)).to(dtype),
+        LoraConfig(r=3, lora_alpha=3, target_modules=["0"], task_type=None, use_dora=use_dora),
+    ).base_model[0]
+    torch.nn.init.normal_(layer.lora_B.weight, std=0.5)
+    x = torch.randn(100, 64, dtype=dtype)
+    before, plain = layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias)
+    assert (before - plain).abs().max() > 20 * tolerance  # what is merged is no trifle
+    layer.merge()
+    torch.testing.assert_close(layer(x), before, atol=tolerance, rtol=0)
+    layer.unmerge()
+    assert torch.equal(layer(x), before)
+
+
 def test_merging_three_times_is_merging_once_and_unmerging_gives_back_the_weights_bit_for_bit():
     model = perturb(get_peft_model(tiny(), LoraConfig(r=3, lora_alpha=16, target_modules=Q_V)))
     before = copy.deepcopy(model.state_dict())
@@ -194,7 +212,7 @@ def test_putting_lora_in_twice_is_refused():
         ({"target_modules": "q_lin"}, "matches no layer"),  # a string is a regular expression over whole names
         ({"target_modules": "(q_lin"}, "no regular expression"),
         ({"target_modules": None}, "target_modules is empty; it can name any of: q_lin"),
-        ({"target_modules": ["word_embeddings"]}, "is a Embedding"),
+        ({"target_modules": ["word_embeddings"]}, "is of type Embedding"),
         ({"target_modules": ["pre_classifier"]}, "trained in full already"),
         ({"target_modules": Q_V, "modules_to_save": ["pooler"]}, "no module is called 'pooler'"),
         ({"target_modules": Q_V, "r": 0}, "r is 0"),

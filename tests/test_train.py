@@ -6,12 +6,17 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import sklearn.metrics
 import torch
+import transformers
+from tokenizers import Tokenizer
 
 import train
+from lora import PeftModel
 from machine import choose_dtype
+from model import load_pretrained, save_pretrained
 from options import Options, parse
 from train import confusion_matrix, macro_f1, main, schedule
 
@@ -75,7 +80,8 @@ def test_bfloat16_is_chosen_where_the_processor_has_it_and_obeyed_where_it_is_ty
 def whole_run(tmp_path_factory) -> tuple[Path, str]:
     """`python train.py` with its default options, on the embedded encoder and sample: its folder and what it printed."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    command = [sys.executable, "train.py", "--model", "minilm", "--dataset", "sample", "--output-dir", str(folder)]
+    where = ["--output-dir", str(folder), "--merged-output", str(folder.with_name("merged"))]
+    command = [sys.executable, "train.py", "--model", "minilm", "--dataset", "sample", *where]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
@@ -108,6 +114,56 @@ def test_results_json_says_what_was_run_and_what_came_out(whole_run):
     assert measured["examples"] == 536 * results["options"]["epochs"]
     assert measured["examples_per_second"] == pytest.approx(measured["examples"] / measured["seconds"], rel=0.01)
     assert 200 < measured["peak_memory_mb"] < 4000
+
+
+TEXTS = [
+    "Stocks fell in Tokyo as the central bank raised rates.",
+    "The striker scored twice in the final.",
+    "Votes are counted.",
+]
+
+
+def test_the_folder_of_a_run_and_the_base_model_are_all_that_anybody_needs(whole_run, tmp_path):
+    """Here and in peft, over the encoder exported for transformers."""
+    adapter = whole_run[0] / "adapter"
+    names = json.loads((adapter / "label_names.json").read_text())
+    assert names == ["World", "Sports", "Business", "Sci/Tech"]
+    tokenizer = Tokenizer.from_file(str(adapter / "tokenizer.json"))
+    base, _ = load_pretrained("minilm", len(names))
+    save_pretrained(base, tokenizer, tmp_path / "base")
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    theirs = peft.PeftModel.from_pretrained(theirs, adapter).eval()
+    ours = PeftModel.from_pretrained(base, adapter)
+    for text, name in zip(TEXTS, ["Business", "Sports", "World"], strict=True):
+        input_ids = torch.tensor([tokenizer.encode(text).ids])
+        logits = ours(input_ids)
+        torch.testing.assert_close(logits, theirs(input_ids=input_ids).logits, atol=1e-4, rtol=0)
+        assert names[logits.argmax()] == name
+
+
+def test_the_merged_model_gives_the_same_labels_and_scores_in_a_pipeline_of_transformers(whole_run):
+    adapter, merged = whole_run[0] / "adapter", whole_run[0].with_name("merged")
+    base, tokenizer = load_pretrained("minilm", 4)
+    ours = PeftModel.from_pretrained(base, adapter)
+    pipeline = transformers.pipeline("text-classification", model=str(merged))
+    for answer, text in zip(pipeline(TEXTS, batch_size=3), TEXTS, strict=True):
+        scores = ours(torch.tensor([tokenizer.encode(text).ids])).softmax(dim=-1)[0]
+        assert answer["label"] == ["World", "Sports", "Business", "Sci/Tech"][scores.argmax()]
+        assert answer["score"] == pytest.approx(scores.max().item(), abs=1e-4)
+
+
+def test_an_adapter_that_does_not_give_the_same_logits_when_loaded_is_not_kept(tmp_path, monkeypatch):
+    load = PeftModel.from_pretrained
+
+    def load_badly(base, folder):
+        model = load(base, folder)
+        model.distilbert.transformer.layer[0].attention.q_lin.lora_B.weight.data += 1
+        return model
+
+    monkeypatch.setattr(PeftModel, "from_pretrained", load_badly)
+    with pytest.raises(AssertionError, match="logits that differ"):
+        main([*SHORT, "--train-limit", "16", "--output-dir", str(tmp_path / "run")])
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["metrics.jsonl", "results.json"]
 
 
 def test_metrics_jsonl_has_a_line_for_each_logged_step_and_the_loss_falls(whole_run):
