@@ -113,10 +113,12 @@ def run(options: Options) -> dict[str, Any]:
         again = PeftModel.from_pretrained(load_base(model_name)[0], adapter).to(device)
         cast_frozen_matrices(again, dtype)
         with torch.inference_mode():
-            difference = (Forward(again, device, dtype)(test_texts, longest) - forward(test_texts, longest)).abs().max()
-        if difference > 0:
+            logits = forward(test_texts, longest)
+            difference = (Forward(again, device, dtype)(test_texts, longest) - logits).abs().max().item()
+        if difference > 0.01 * logits.abs().max():  # of equal weights, some processors compute sums in another order
             raise AssertionError(f"the saved adapter gives logits that differ by {difference}")
-    print(f"saved {output_dir}/results.json, metrics.jsonl and adapter (loaded again onto a fresh base: equal logits)")
+    equal = "equal logits" if difference == 0 else f"logits equal to {difference:.0e}"
+    print(f"saved {output_dir}/results.json, metrics.jsonl and adapter (loaded again onto a fresh base: {equal})")
     if options.merged_output is not None:
         merged = load_base(model_name)[0]  # in float32, of which a merge costs no more than rounding
         PeftModel.from_pretrained(merged, output_dir / "adapter").merge_and_unload()

@@ -107,7 +107,8 @@ class Transformer(nn.Module):
         """
         for block in self.layer[:-1]:
             x = block(x, x, mask)
-        return self.layer[-1](x[:, :1], x, mask)[:, 0]
+        cls = x[:, :1].contiguous()  # (B, 1, D), so that each product is one over the batch, not one for each text
+        return self.layer[-1](cls, x, mask)[:, 0]
 
 
 class DistilBert(nn.Module):
