@@ -1,4 +1,7 @@
-"""The one class of error for what the user can mend."""
+"""The one class of error for what the user can mend, and what the command line makes of it."""
+
+import sys
+from collections.abc import Callable
 
 
 class UserError(ValueError):
@@ -6,3 +9,16 @@ class UserError(ValueError):
 
     Anything else that is raised is a bug and keeps its traceback.
     """
+
+
+def exit_status(program: str, run: Callable[[], object]) -> int:
+    """Run a program: 0 if it ends well, 2 and one line on standard error if the user must mend something, 130 after Ctrl-C."""
+    try:
+        run()
+        return 0
+    except UserError as error:
+        print(f"{program}:", " ".join(str(error).splitlines()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        return 130

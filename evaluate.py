@@ -28,21 +28,30 @@ class Forward:
             return self.model(input_ids.to(self.device), mask.to(self.device)).float()
 
 
-def predict(forward: Forward, texts: TokenizedTexts, what: str) -> np.ndarray:
-    """(N,) the likeliest class of every text, each evaluated exactly once. Leaves the model in evaluation mode.
+def compute_logits(forward: Forward, texts: TokenizedTexts, bar: tqdm | None = None) -> np.ndarray:
+    """(N, num_labels) float32, every text evaluated exactly once. Leaves the model in evaluation mode.
 
     Raises UserError if the model computes what is no finite number.
     """
-    predictions = np.empty(len(texts), dtype=np.int64)
+    rows: list[np.ndarray] = []
+    batches = evaluation_batches(texts.lengths, BATCH)
     forward.model.eval()
-    with torch.inference_mode(), progress(len(texts), what, leave=False) as bar:
-        for batch in evaluation_batches(texts.lengths, BATCH):
-            logits = forward(texts, batch)
-            if not logits.isfinite().all():
-                raise UserError("the model computes no finite numbers: try a smaller --learning-rate, or --dtype float32")
-            predictions[batch] = logits.argmax(dim=-1).cpu().numpy()
-            bar.update(len(batch))
-    return predictions
+    with torch.inference_mode():
+        for batch in batches:
+            rows.append(forward(texts, batch).cpu().numpy())
+            if bar is not None:
+                bar.update(len(batch))
+    logits = np.empty((len(texts), rows[0].shape[1]), dtype=np.float32)
+    logits[np.concatenate(batches)] = np.concatenate(rows)  # back in the order of the texts
+    if not np.isfinite(logits).all():
+        raise UserError("the model computes no finite numbers: try a smaller --learning-rate, or --dtype float32")
+    return logits
+
+
+def predict(forward: Forward, texts: TokenizedTexts, what: str) -> np.ndarray:
+    """(N,) the likeliest class of every text, under a progress bar called `what`."""
+    with progress(len(texts), what, leave=False) as bar:
+        return compute_logits(forward, texts, bar).argmax(axis=1)
 
 
 def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_labels: int) -> np.ndarray:
@@ -74,6 +83,6 @@ def scores(matrix: np.ndarray, names: list[str]) -> dict[str, Any]:
     }
 
 
-def progress(total: int, what: str, leave: bool = True) -> tqdm:
+def progress(total: int | None, what: str, leave: bool = True, quiet: bool = False) -> tqdm:
     interval = 0.2 if sys.stderr.isatty() else 10.0  # seconds: a log wants fewer lines than a screen
-    return tqdm(total=total, desc=what, unit=" examples", mininterval=interval, leave=leave)
+    return tqdm(total=total, desc=what, unit=" examples", mininterval=interval, leave=leave, disable=quiet)

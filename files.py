@@ -9,6 +9,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
@@ -98,8 +99,8 @@ def _reason(error: BaseException) -> str:
     return str(cause).strip().split("\n")[0] or type(cause).__name__
 
 
-def read_json(path: Path) -> dict:
-    """The JSON object in a file. Raises UserError if it is missing or anything else."""
+def read_json(path: Path, kind: type = dict) -> Any:
+    """The JSON object (or list) in a file. Raises UserError if it is missing or anything else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -108,8 +109,8 @@ def read_json(path: Path) -> dict:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON in UTF-8 ({error}): fetch or write it again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a JSON {type(value).__name__} where an object was expected")
+    if not isinstance(value, kind):
+        raise UserError(f"{path} holds a JSON {type(value).__name__} where a {kind.__name__} was expected")
     return value
 
 

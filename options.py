@@ -42,7 +42,7 @@ class Options:
     loraplus_lr_ratio: float = option(1.0, "let B learn so many times as fast as the rest (LoRA+; 16 is usual)")
     epochs: int = option(3, "passes over the training examples")
     batch_size: int = option(16, "examples a step")
-    learning_rate: float = option(1e-3, "highest learning rate of AdamW")
+    learning_rate: float = option(5e-4, "highest learning rate of AdamW")
     weight_decay: float = option(0.01, "weight decay of AdamW")
     warmup: float = option(0.1, "share of the steps in which the learning rate rises; then it falls to 0, both linearly")
     max_length: int = option(256, "tokens of a text that are read")

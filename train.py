@@ -25,7 +25,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import TokenizedTexts, evaluation_batches, load_dataset, tokenize, training_batches
-from errors import UserError
+from errors import UserError, exit_status
 from evaluate import Forward, confusion_matrix, f1_per_class, macro_f1, predict, progress, scores
 from files import HubUnreachable, new_folder, refuse_to_overwrite, write_file
 from lora import PeftModel, get_peft_model
@@ -232,15 +232,7 @@ def make_folder(folder: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # rather than fail at a class name that the console cannot show
-    try:
-        run(parse(arguments, __doc__))
-        return 0
-    except UserError as error:
-        print("train.py:", " ".join(str(error).splitlines()), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("train.py: interrupted", file=sys.stderr)
-        return 130
+    return exit_status("train.py", lambda: run(parse(arguments, __doc__)))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from data.batching import TokenizedTexts, evaluation_batches, pad, tokenize, training_batches
 from data.datasets import Dataset, Split, load_dataset
+from data.texts import read_texts
 
 __all__ = [
     "Dataset",
@@ -10,6 +11,7 @@ __all__ = [
     "evaluation_batches",
     "load_dataset",
     "pad",
+    "read_texts",
     "tokenize",
     "training_batches",
 ]

@@ -1,11 +1,26 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from model.pretrained import _embedded_folder
 
+ROOT = Path(__file__).parent.parent
+
 
 @pytest.fixture(scope="session")
 def tokenizer_file() -> Path:
     """The tokenizer of bert-base-uncased, which DistilBERT and MiniLM share, out of the embedded encoder."""
     return _embedded_folder() / "tokenizer.json"
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory) -> tuple[Path, str]:
+    """`python train.py` with its default options, on the embedded encoder and sample: its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    where = ["--output-dir", str(folder), "--merged-output", str(folder.with_name("merged"))]
+    command = [sys.executable, "train.py", "--model", "minilm", "--dataset", "sample", *where]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout

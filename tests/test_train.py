@@ -1,9 +1,6 @@
 """The experiment as a user runs it, on the embedded encoder and corpus; and its metric, schedule and options."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import peft
@@ -20,7 +17,6 @@ from model import load_pretrained, save_pretrained
 from options import Options, parse
 from train import confusion_matrix, macro_f1, main, schedule
 
-ROOT = Path(__file__).parent.parent
 SHORT = ["--model", "minilm", "--dataset", "sample", "--train-limit", "48", "--test-limit", "16", "--epochs", "1"]
 
 
@@ -74,17 +70,6 @@ def test_bfloat16_is_chosen_where_the_processor_has_it_and_obeyed_where_it_is_ty
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda there=there: there)
         assert choose_dtype("auto", cpu) == expected
     assert choose_dtype("bfloat16", cpu) == torch.bfloat16
-
-
-@pytest.fixture(scope="module")
-def whole_run(tmp_path_factory) -> tuple[Path, str]:
-    """`python train.py` with its default options, on the embedded encoder and sample: its folder and what it printed."""
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    where = ["--output-dir", str(folder), "--merged-output", str(folder.with_name("merged"))]
-    command = [sys.executable, "train.py", "--model", "minilm", "--dataset", "sample", *where]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return folder, done.stdout
 
 
 def test_the_sample_is_learned_from_near_chance_to_over_0_90(whole_run):

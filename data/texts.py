@@ -1,0 +1,52 @@
+"""Texts to label, one at a time, from a file or standard input of any size."""
+
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+from errors import UserError
+
+
+def read_texts(path: Path | None) -> Iterator[str]:
+    """The texts of a .jsonl or .csv file (its field `text`), or of any other file or standard input (None), a line each.
+
+    Raises UserError, with file and line, for what cannot be read.
+    """
+    if path is None:
+        yield from _read(sys.stdin, "standard input", "")
+        return
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            yield from _read(file, str(path), path.suffix)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _read(file: TextIO, name: str, suffix: str) -> Iterator[str]:
+    line = 0
+    try:
+        if suffix == ".csv":
+            for row in (reader := csv.DictReader(file, strict=True)):
+                line = reader.line_num
+                text = row.get("text")
+                if text is None:
+                    raise UserError(f"{name}, line {line}: want a field `text`, named in the first line")
+                yield text
+        for line, content in enumerate(file, 1):  # noqa: B007 - for the errors below
+            yield _text_of(content) if suffix == ".jsonl" else content.rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}, after line {line}: not UTF-8 ({error.reason}); save it as UTF-8") from error
+    except (json.JSONDecodeError, RecursionError, KeyError, TypeError, UnicodeEncodeError, csv.Error) as error:
+        want = "CSV" if suffix == ".csv" else 'an object with a string "text"'
+        raise UserError(f"{name}, line {line}: want {want} ({error})") from error
+
+
+def _text_of(line: str) -> str:
+    text = json.loads(line)["text"]
+    if not isinstance(text, str):
+        raise TypeError("text is no string")
+    text.encode()  # JSON can smuggle in half a character
+    return text

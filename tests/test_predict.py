@@ -1,0 +1,168 @@
+"""Labels for new text: as in the run that trained, in the order of the input, and in bounded memory."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+
+import predict
+from data import load_dataset, read_texts
+from evaluate import confusion_matrix
+from model import DistilBertConfig, DistilBertForSequenceClassification, load_pretrained, save_pretrained
+
+ROOT = Path(__file__).parent.parent
+NAMES = ["World", "Sports", "Business", "Sci/Tech"]
+
+
+def labelled(capsys, *arguments: object) -> list[dict]:
+    assert predict.main([str(argument) for argument in arguments]) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def refused(capsys, *arguments: object) -> str:
+    assert predict.main([str(argument) for argument in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_the_test_part_is_labelled_as_in_the_run_that_trained(whole_run, capsys):
+    folder = whole_run[0]
+    answers = labelled(capsys, folder, "--input", ROOT / "data" / "sample" / "test.jsonl")
+    test = load_dataset("sample").test
+    assert [answer["text"] for answer in answers] == test.texts
+    predictions = np.array([NAMES.index(answer["label"]) for answer in answers])
+    expected = np.array(json.loads((folder / "results.json").read_text())["after"]["confusion_matrix"])
+    moved = np.abs(confusion_matrix(test.labels, predictions, 4) - expected).sum()
+    assert moved <= 2  # a text on the brink at most: there the adapters are beside the weights, here merged into them
+    for answer in answers:
+        assert list(answer["scores"]) == NAMES
+        assert sum(answer["scores"].values()) == pytest.approx(1, abs=1e-6)
+        assert answer["score"] == max(answer["scores"].values()) == answer["scores"][answer["label"]]
+
+
+def test_a_text_on_the_command_line_gives_a_table_sorted_by_score(whole_run, capsys):
+    assert predict.main([str(whole_run[0]), "The striker scored twice in the final.", "Oil prices fell."]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "The striker scored twice in the final."
+    assert lines[1].split()[1] == "Sports"
+    assert lines[6].split()[1] == "Business"
+    scores = [float(line.split()[0]) for line in lines[1:5]]
+    assert scores == sorted(scores, reverse=True)
+    assert {line.split()[1] for line in lines[1:5]} == set(NAMES)
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv", "stdin"])
+def test_every_kind_of_input_gives_a_line_a_text_in_its_order_whatever_the_text(
+    whole_run, capsys, tmp_path, monkeypatch, suffix
+):
+    texts = ["Shares rose.", "", "   ", "\U0001f600 \u05e9\u05dc\u05d5\u05dd", "x" * 100_000, 'a "quote", a comma', "Goal!"] * 3
+    path = tmp_path / f"texts{suffix}"
+    if suffix == ".jsonl":
+        path.write_text("".join(json.dumps({"text": text, "more": 1}) + "\n" for text in texts), encoding="utf-8")
+    elif suffix == ".csv":
+        quoted = (text.replace('"', '""') for text in texts)
+        path.write_text("id,text\n" + "".join(f'{i},"{text}"\n' for i, text in enumerate(quoted)), encoding="utf-8")
+    else:
+        path.write_text("".join(text + "\n" for text in texts), encoding="utf-8")
+    monkeypatch.setattr(predict, "CHUNK", 4)
+    if suffix == "stdin":
+        monkeypatch.setattr(sys, "stdin", io.StringIO(path.read_text(encoding="utf-8")))
+        answers = labelled(capsys, whole_run[0])
+    else:
+        answers = labelled(capsys, whole_run[0], "--input", path)
+    assert [answer["text"] for answer in answers] == texts
+    assert [answer["label"] for answer in answers[:7]] == [answer["label"] for answer in answers[7:14]]
+
+
+def test_no_more_texts_are_taken_than_fit_in_a_chunk_before_the_first_is_answered(whole_run, monkeypatch):
+    monkeypatch.setattr(predict, "CHUNK", 4)
+    forward, tokenizer, names = predict.load_classifier(whole_run[0], None, "cpu", 256)
+    taken = []
+    answers = predict.label(forward, tokenizer, names, (taken.append(i) or f"text {i}" for i in range(100)), 32)
+    assert next(answers)["text"] == "text 0"
+    assert taken == [0, 1, 2, 3]
+
+
+def test_json_on_demand_and_texts_beside_a_file_refused(whole_run, capsys, tmp_path):
+    assert labelled(capsys, whole_run[0], "--json", "Goal!")[0]["text"] == "Goal!"
+    assert "contradict" in refused(capsys, whole_run[0], "Goal!", "--input", tmp_path)
+
+
+def test_an_adapter_written_by_peft_is_taken_with_the_base_that_it_or_the_user_names(tmp_path, tokenizer_file, capsys):
+    from tokenizers import Tokenizer
+
+    torch.manual_seed(0)
+    config = DistilBertConfig(dim=32, n_layers=2, n_heads=4, hidden_dim=64, num_labels=3)
+    base = tmp_path / "base"
+    save_pretrained(DistilBertForSequenceClassification(config), Tokenizer.from_file(str(tokenizer_file)), base)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(base)
+    theirs = peft.get_peft_model(theirs, peft.LoraConfig(task_type="SEQ_CLS", r=3, target_modules=["q_lin"]))
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    theirs.eval().save_pretrained(tmp_path / "adapter")
+    answer = labelled(capsys, tmp_path / "adapter", "--json", "A text.")[0]
+    ids = torch.tensor([Tokenizer.from_file(str(tokenizer_file)).encode("A text.").ids])
+    expected = theirs(input_ids=ids).logits.softmax(dim=-1)[0]
+    assert list(answer["scores"]) == ["LABEL_0", "LABEL_1", "LABEL_2"]
+    assert list(answer["scores"].values()) == pytest.approx(expected.tolist(), abs=0.05)  # in bfloat16, if the machine has it
+
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": None}))
+    assert "name it with --model" in refused(capsys, tmp_path / "adapter", "A text.")
+    assert labelled(capsys, tmp_path / "adapter", "--json", "A text.", "--model", base)[0] == answer
+    assert "another base model" in refused(capsys, tmp_path / "adapter", "A text.", "--model", "minilm")
+
+
+def test_what_the_user_can_mend_is_one_line_and_status_2(whole_run, capsys, tmp_path):
+    assert "is no adapter" in refused(capsys, tmp_path, "A text.")
+    assert "--max-length is 513" in refused(capsys, whole_run[0], "A text.", "--max-length", 513)
+    assert "cannot be read" in refused(capsys, whole_run[0], "--input", tmp_path / "none.txt")
+    assert "unrecognized" in refused(capsys, whole_run[0], "--frobnicate")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("bad.jsonl", b'{"text": "a"}\n{"text": 7}\n', "line 2: want an object"),
+        ("bad.jsonl", b'{"text": "a"}\n[]\n', "line 2"),
+        ("bad.jsonl", b"\n", "line 1"),
+        ("bad.jsonl", b'{"text": "\\ud800"}\n', "line 1"),
+        ("bad.csv", b"title,body\na,b\n", "line 2: want a field `text`"),
+        ("bad.csv", b'text\n"never closed\n', "want CSV"),
+        ("bad.txt", b"fine\n\xff\n", "not UTF-8"),
+    ],
+)
+def test_an_input_that_cannot_be_read_is_refused_with_file_and_line(tmp_path, name, content, says):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}, .*{says}"):
+        list(read_texts(path))
+
+
+def test_a_reader_that_leaves_early_is_no_error(whole_run, tmp_path):
+    (tmp_path / "many.txt").write_text("A text that is labelled.\n" * 3000)
+    command = [sys.executable, ROOT / "predict.py", whole_run[0], "--input", tmp_path / "many.txt"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert json.loads(process.stdout.readline())["text"] == "A text that is labelled."
+    process.stdout.close()
+    assert process.stderr is not None
+    assert process.stderr.read() == ""
+    assert process.wait(timeout=60) == 0
+
+
+def test_the_embedded_encoder_is_found_under_the_name_in_the_adapter(whole_run):
+    config = json.loads((whole_run[0] / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "minilm"
+    assert load_pretrained(config["base_model_name_or_path"], 4)[0].config.dim == 384
