@@ -153,6 +153,8 @@ def refuse_to_overwrite(folder: Path) -> None:
     try:
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
             raise UserError(f"{folder} exists and is not an empty folder: name another, or move it away")
+        if folder.resolve() == Path.cwd():
+            raise UserError(f"{folder} is the folder that you are in: name another")
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror}; name another folder") from error
 

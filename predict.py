@@ -8,7 +8,6 @@ python predict.py an/adapter/of/peft --model distilbert-base-uncased < texts   a
 import argparse
 import itertools
 import json
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -102,13 +101,7 @@ def run(arguments: list[str] | None) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    try:
-        status = exit_status("predict.py", lambda: run(arguments))
-        sys.stdout.flush()
-        return status
-    except BrokenPipeError:  # whoever reads has read enough: `| head` is no error
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    return exit_status("predict.py", lambda: run(arguments))
 
 
 if __name__ == "__main__":

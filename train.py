@@ -34,6 +34,7 @@ from model import DistilBertForSequenceClassification, load_pretrained, save_pre
 from options import DEFAULT_DATASET, DEFAULT_MODEL, EMBEDDED_DATASET, EMBEDDED_MODEL, Options, parse
 
 LOG_EVERY = 10  # steps
+RUN_FILES = ("metrics.jsonl", "results.json", "adapter")  # of a run's folder
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -44,9 +45,10 @@ def run(options: Options) -> dict[str, Any]:
     output_dir = Path(f"runs/{datetime.now():%Y-%m-%d-%H%M%S}" if options.output_dir is None else options.output_dir)
     refuse_to_overwrite(output_dir)
     if options.merged_output is not None:
-        refuse_to_overwrite(Path(options.merged_output))
-        if Path(options.merged_output).absolute() in [output_dir.absolute(), *output_dir.absolute().parents]:
-            raise UserError(f"--merged-output {options.merged_output} would hold {output_dir} as well: name another folder")
+        merged_dir, run_dir = Path(options.merged_output).resolve(), output_dir.resolve()
+        refuse_to_overwrite(merged_dir)
+        if merged_dir in [run_dir, *run_dir.parents] or merged_dir in [run_dir / name for name in RUN_FILES]:
+            raise UserError(f"--merged-output {options.merged_output} is in the way of {output_dir}: name another folder")
 
     # Data and model: what was asked for, or, where nothing was and there is no hub, what is embedded.
     dataset, dataset_name, data_notice = load_or_step_in(load_dataset, options.dataset, DEFAULT_DATASET, EMBEDDED_DATASET)
@@ -122,7 +124,7 @@ def run(options: Options) -> dict[str, Any]:
     if options.merged_output is not None:
         merged = load_base(model_name)[0]  # in float32, of which a merge costs no more than rounding
         PeftModel.from_pretrained(merged, output_dir / "adapter").merge_and_unload()
-        save_pretrained(merged, tokenizer, options.merged_output, names)
+        save_pretrained(merged, tokenizer, merged_dir, names)
         print(f"saved {options.merged_output}, the merged model")
     if notice:
         print(notice)

@@ -3,6 +3,7 @@
 The keys are those of the model behind peft's prefix: `base_model.model.` + `distilbert.transformer...q_lin.lora_A.weight`.
 """
 
+import re
 from pathlib import Path
 
 import safetensors.torch
@@ -16,7 +17,7 @@ from lora.layer import LoRALinear
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-REDUNDANT = (".modules_to_save.bias", ".original_module.bias")
+REDUNDANT = re.compile(r"\.(modules_to_save(\.default)?|original_module)\.(.*\.)?bias$")
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -45,6 +46,8 @@ def save_adapter(model: nn.Module, config: LoraConfig, folder: str | Path) -> No
     """
     folder = Path(folder)
     tensors = {key: tensor.float().cpu().contiguous() for key, tensor in sorted(adapter_tensors(model).items())}
+    if not tensors:
+        raise UserError("there is no LoRA in this model to save: it was unloaded")
     _refuse_what_is_not_finite(tensors, "the adapter")
     if (folder / "config.json").exists():
         raise UserError(f"{folder} holds a config.json, beside which transformers finds no adapter: name another folder")
@@ -72,7 +75,7 @@ def match_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str | Pa
     """The tensors of a file, one for each that `model` trains. Raises UserError, by name, if they are not those exactly."""
     expected = adapter_tensors(model)
     # peft says the biases of the head three times with bias="all"; under their own names they are there as well
-    tensors = {key: tensor for key, tensor in tensors.items() if not key.endswith(REDUNDANT)}
+    tensors = {key: tensor for key, tensor in tensors.items() if not REDUNDANT.search(key)}
     for key in sorted(expected.keys() | tensors.keys()):
         if key not in tensors:
             raise UserError(f"{source} lacks {key}: it is damaged, or its {CONFIG_FILE} is that of another adapter")

@@ -1,8 +1,8 @@
 """What to adapt and how, under peft's names: in memory, and as `adapter_config.json`."""
 
 import json
-import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from pathlib import Path
@@ -12,17 +12,41 @@ from errors import UserError
 from files import read_json, write_file
 
 HIGHEST_RANK = 1 << 20
+LARGEST_ALPHA = 1e30
 CONFIG_FILE = "adapter_config.json"
 # What peft writes and what changes nothing here, whatever it says ...
 IGNORED = {
     "peft_type",
     "peft_version",
     "auto_mapping",
+    "eva_config",
     "megatron_core",
     "qalora_group_size",
 }
 # ... and the starts of A and B that leave W0 alone, so that a trained adapter no longer depends on them.
 HARMLESS_INIT = (True, False, "gaussian", "orthogonal", "eva")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_list(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(type(item) is kind for item in value)
+
+
+# What the rest of the code takes for granted; JSON, and a script, can hold anything under these names.
+RIGHT: dict[str, Callable[[Any], bool]] = {
+    "target_modules": lambda value: value is None or isinstance(value, str) or _is_list(value, str),
+    "modules_to_save": lambda value: value is None or _is_list(value, str),
+    "layers_to_transform": lambda value: value is None or type(value) is int or _is_list(value, int),
+    "rank_pattern": lambda value: isinstance(value, dict),
+    "alpha_pattern": lambda value: isinstance(value, dict),
+    "use_rslora": lambda value: isinstance(value, bool),
+    "use_dora": lambda value: isinstance(value, bool),
+    "base_model_name_or_path": lambda value: value is None or isinstance(value, str),
+    "revision": lambda value: value is None or isinstance(value, str),
+}
 
 
 class TaskType(str, Enum):
@@ -67,19 +91,24 @@ class LoraConfig:
     fan_in_fan_out: bool = False
 
     def __post_init__(self) -> None:
-        ranks = {"r": self.r} | {f"rank_pattern[{key!r}]": r for key, r in self.rank_pattern.items()}
-        for name, r in ranks.items():
-            if isinstance(r, bool) or not isinstance(r, int) or not 1 <= r < HIGHEST_RANK:
-                raise UserError(f"{name} is {r!r}; the rank of an adapter is a whole number from 1, and below 2**20")
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, tuple | set):
+                setattr(self, item.name, value := sorted(value))
+            if item.name in RIGHT and not RIGHT[item.name](value):
+                raise UserError(f"{item.name} is {value!r}, which is of the wrong type")
         for pattern in [*self.rank_pattern, *self.alpha_pattern]:
             try:
                 re.compile(pattern)
             except re.error as error:
                 raise UserError(f"rank_pattern and alpha_pattern: {pattern!r} is no regular expression: {error}") from error
-        alphas = {"lora_alpha": self.lora_alpha} | {f"alpha_pattern[{key!r}]": a for key, a in self.alpha_pattern.items()}
+        for name, r in {"r": self.r, **{f"rank_pattern[{key!r}]": r for key, r in self.rank_pattern.items()}}.items():
+            if isinstance(r, bool) or not isinstance(r, int) or not 1 <= r < HIGHEST_RANK:
+                raise UserError(f"{name} is {r!r}; the rank of an adapter is a whole number from 1, and below 2**20")
+        alphas = {"lora_alpha": self.lora_alpha, **{f"alpha_pattern[{key!r}]": a for key, a in self.alpha_pattern.items()}}
         for name, alpha in alphas.items():
-            if not _is_number(alpha) or not 0 < alpha < math.inf:
-                raise UserError(f"{name} is {alpha!r}; it must be a number above 0")
+            if not _is_number(alpha) or not 0 < alpha < LARGEST_ALPHA:
+                raise UserError(f"{name} is {alpha!r}; it must be a number above 0, and one that float32 holds")
         if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             raise UserError(f"lora_dropout is {self.lora_dropout!r}; a probability is at least 0 and less than 1")
         for name in ("inference_mode", "fan_in_fan_out"):
@@ -106,9 +135,10 @@ class LoraConfig:
         for key, value in values.items():
             if key not in known and key not in IGNORED and value:  # None, False, {} and [] switch an option off
                 raise UserError(f"{path}: {key} is {value!r}, which this library does not have; load the adapter with peft")
-        _check_types(path, values)
-        if isinstance(values.get("target_modules"), list):  # for "all-linear" peft lists the head, too, and does not adapt it
-            saved = values.get("modules_to_save") or []
+        values.setdefault("task_type", None)  # peft's default
+        saved = values.get("modules_to_save")
+        if isinstance(values.get("target_modules"), list) and isinstance(saved, list):
+            # for "all-linear" peft lists the head among the targets, and does not adapt it
             values["target_modules"] = [name for name in values["target_modules"] if name not in saved]
         try:
             return cls(**{key: value for key, value in values.items() if key in known})
@@ -118,7 +148,7 @@ class LoraConfig:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write adapter_config.json: the keys that every version of peft knows, sorted."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
-        values = {key: sorted(value) if isinstance(value, list | tuple | set) else value for key, value in values.items()}
+        values = {key: sorted(value) if isinstance(value, list) else value for key, value in values.items()}
         # however A and B started: a trained adapter no longer depends on it
         values |= {"peft_type": "LORA", "inference_mode": True, "init_lora_weights": True}
         text = json.dumps(values, indent=2, sort_keys=True)
@@ -126,29 +156,3 @@ class LoraConfig:
 
 
 PeftConfig = LoraConfig  # peft's name for the configuration of any method; LoRA is the one here
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _check_types(path: Path, values: dict[str, Any]) -> None:
-    """JSON can hold anything under a known key; what the rest of the code takes for granted is checked here."""
-
-    def all_in(value: Any, kind: type) -> bool:
-        return isinstance(value, list) and all(type(item) is kind for item in value)
-
-    right = {
-        "target_modules": lambda value: value is None or isinstance(value, str) or all_in(value, str),
-        "modules_to_save": lambda value: value is None or all_in(value, str),
-        "layers_to_transform": lambda value: value is None or type(value) is int or all_in(value, int),
-        "rank_pattern": lambda value: isinstance(value, dict),
-        "alpha_pattern": lambda value: isinstance(value, dict),
-        "use_rslora": lambda value: isinstance(value, bool),
-        "use_dora": lambda value: isinstance(value, bool),
-        "base_model_name_or_path": lambda value: value is None or isinstance(value, str),
-        "revision": lambda value: value is None or isinstance(value, str),
-    }
-    for key, is_right in right.items():
-        if key in values and not is_right(values[key]):
-            raise UserError(f"{path}: {key} is {values[key]!r}, which no adapter can have")

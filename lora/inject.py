@@ -6,6 +6,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from errors import UserError
@@ -29,11 +30,21 @@ class ModuleToSave(nn.Module):
         self.enabled = True
         self.train(module.training)
 
+    def __getattr__(self, name: str) -> Any:
+        """What a model asks of its head, such as `classifier.weight`, is asked of the one in use."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("original_module", "trained_module"):  # not there yet
+                raise
+            return getattr(self.trained_module if self.enabled else self.original_module, name)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.enabled:
             return self.original_module(*args, **kwargs)
         dtype = next((arg.dtype for arg in args if _is_float(arg)), None)
-        args = tuple(arg.float() if _is_float(arg) else arg for arg in args)
+        own = next((parameter.dtype for parameter in self.trained_module.parameters()), dtype)
+        args = tuple(arg.to(own) if _is_float(arg) else arg for arg in args)
         output = self.trained_module(*args, **kwargs)
         return output.to(dtype) if dtype and isinstance(output, Tensor) else output  # over 16-bit weights, 16 bits again
 
@@ -48,6 +59,8 @@ def inject(model: nn.Module, config: LoraConfig) -> None:
         raise UserError("LoRA is in this model already: unload() it first")
     head = find_head(model, config)
     targets = find_targets(model, config, head)
+    if config.bias != "none" and any(p.dtype != torch.float32 for name, p in model.named_parameters() if name.endswith("bias")):
+        raise UserError(f"bias is {config.bias!r}: what is trained is float32, so load the base model with biases in float32")
 
     model.requires_grad_(False)
     for name in targets:
@@ -110,7 +123,11 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 def merge(model: nn.Module) -> None:
     """Merge every adapter into its weight, all of them or, if one is not finite (UserError), none."""
+    _refuse_while_disabled(model)
     layers = [module for module in model.modules() if isinstance(module, LoRALinear) and not module.merged]
+    holders = [id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False)]
+    if any(holders.count(id(layer.weight)) > 1 for layer in layers):
+        raise UserError("an adapted layer shares its weight with another module, which a merge would change: leave it unmerged")
     try:
         for layer in layers:
             layer.merge()
@@ -122,6 +139,7 @@ def merge(model: nn.Module) -> None:
 
 def unmerge(model: nn.Module) -> None:
     """Make every weight W0 again, bit for bit."""
+    _refuse_while_disabled(model)
     for module in model.modules():
         if isinstance(module, LoRALinear):
             module.unmerge()
@@ -145,9 +163,14 @@ def unload(model: nn.Module, merged: bool) -> None:
             linear.weight, linear.bias = module.weight, module.bias  # type: ignore[assignment]
             _put(model, name, linear.train(module.training))
         elif isinstance(module, ModuleToSave):
-            dtype = next(module.original_module.parameters()).dtype
+            dtype = next((parameter.dtype for parameter in module.original_module.parameters()), None)
             _put(model, name, module.trained_module.to(dtype) if merged else module.original_module)
     model.requires_grad_(False)
+
+
+def _refuse_while_disabled(model: nn.Module) -> None:
+    if any(isinstance(module, LoRALinear | ModuleToSave) and not module.enabled for module in model.modules()):
+        raise UserError("the adapter is switched off here: do this outside the disable_adapter() block")
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -157,10 +180,9 @@ def _put(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def _train_bias(module: nn.Module) -> None:
     bias = getattr(module, "bias", None)
-    if isinstance(bias, nn.Parameter):
+    if isinstance(bias, nn.Parameter) and not bias.requires_grad:  # else it is another module's, too, and prepared there
         module.register_buffer("original_bias", bias.detach().clone(), persistent=False)  # what disabled() gives back ...
         module.register_buffer("trained_bias", None, persistent=False)  # ... and where the trained one is until then
-        bias.data = bias.data.float()
         bias.requires_grad_(True)
 
 

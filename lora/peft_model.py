@@ -16,11 +16,14 @@ from lora.config import LoraConfig
 class PeftModel(nn.Module):
     """A model with LoRA in it. Whatever is not found here is the wrapped model's own."""
 
+    base_model: nn.Module
+
     def __init__(self, model: nn.Module, config: LoraConfig):
         super().__init__()
         self._attach(model, config)
 
     def _attach(self, model: nn.Module, config: LoraConfig) -> None:
+        model = model.base_model if isinstance(model, PeftModel) else model  # unloaded, as inject will see
         inject.inject(model, config)
         self.base_model = model
         self.peft_config = dataclasses.replace(
@@ -40,6 +43,9 @@ class PeftModel(nn.Module):
             if name == "base_model":  # not there yet
                 raise
             return getattr(self.base_model, name)
+
+    def get_base_model(self) -> nn.Module:
+        return self.base_model
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) parameters."""
@@ -116,6 +122,7 @@ def get_peft_model(model: nn.Module, config: LoraConfig) -> PeftModel:
 def _read_for(model: nn.Module, folder: str | Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     """An adapter's configuration and tensors, tried first on a copy of the model without its data: nothing is loaded half."""
     config, tensors = adapter.read_adapter(folder)
+    model = model.base_model if isinstance(model, PeftModel) else model
     data = [*model.parameters(), *model.buffers()]
     skeleton = copy.deepcopy(model, {id(tensor): _shape_of(tensor) for tensor in data})
     inject.unload(skeleton, merged=False)

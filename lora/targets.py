@@ -15,7 +15,7 @@ def find_targets(model: nn.Module, config: LoraConfig, head: list[str]) -> list[
     Raises UserError if it, or an entry of it, means none, something that is no linear layer, or a part of the head.
     """
     modules = {name: module for name, module in model.named_modules() if name}
-    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+    linear = [name for name, module in modules.items() if type(module) is nn.Linear]  # a subclass may do something else
     wanted = config.target_modules
     if not wanted:
         raise UserError(f"target_modules is empty; it can name any of: {_ends(linear)}")
@@ -40,10 +40,12 @@ def find_targets(model: nn.Module, config: LoraConfig, head: list[str]) -> list[
     if not found:
         raise UserError(f"target_modules is {wanted!r}, which matches no layer; there are: {_ends(linear)}")
     for name in found:
+        module = modules[name]
         if name not in linear:
-            raise UserError(
-                f"target_modules: {name} is of type {type(modules[name]).__name__}; LoRA here adapts linear layers only"
-            )
+            kind = type(module).__name__
+            raise UserError(f"target_modules: {name} is of type {kind}; only plain linear layers are adapted")
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise UserError(f"target_modules: {name} has hooks, which would be lost: put LoRA in first")
         if is_within(name, head):
             raise UserError(f"target_modules: {name} is trained in full already (modules_to_save): leave it out of one of them")
     return found
@@ -61,15 +63,15 @@ def find_head(model: nn.Module, config: LoraConfig) -> list[str]:
 
     Raises UserError if an entry of that means none.
     """
+    head = ["classifier", "score"] if config.task_type == "SEQ_CLS" else []
     ends = config.modules_to_save or []
     names = [name for name, _ in model.named_modules() if name]
     for end in ends:
-        if not any(_ends_in(name, end) for name in names) and end not in ("classifier", "score"):  # peft lists both, always
+        if not any(name.endswith(end) for name in names) and end not in head:
             raise UserError(f"modules_to_save: no module is called {end!r}; there are: {_ends(names)}")
-    is_head = re.compile(r"(.*\.)?(\w*classifier|score)").fullmatch if config.task_type == "SEQ_CLS" else lambda name: None
     found: list[str] = []
     for name in names:
-        if (is_head(name) or any(_ends_in(name, end) for end in ends)) and not is_within(name, found):
+        if name.endswith((*ends, *head)) and not is_within(name, found):  # not at a dot only: so peft finds pre_classifier
             found.append(name)
     return found
 

@@ -503,8 +503,8 @@ def test_a_gpu_where_there_is_none_is_refused_with_the_remedy(capsys, tmp_path):
         ([""], ["target_modules is empty", "q_lin, k_lin, v_lin, out_lin, lin1, lin2"]),
         (["*q_lin"], ["'*q_lin', which is no regular expression", "position 0"]),
         (["classifier"], ["classifier is trained in full already"]),
-        (["word_embeddings"], ["word_embeddings is of type Embedding", "linear layers only"]),
-        (["attention"], ["attention is of type MultiHeadSelfAttention", "linear layers only"]),
+        (["word_embeddings"], ["word_embeddings is of type Embedding", "only plain linear layers"]),
+        (["attention"], ["attention is of type MultiHeadSelfAttention", "only plain linear layers"]),
     ],
 )
 def test_targets_that_cannot_be_adapted_are_refused(capsys, tmp_path, base_folder, targets, says):

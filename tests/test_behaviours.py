@@ -14,7 +14,7 @@ from test_parity import base_model, batch, logits, perturb
 from torch import nn
 
 from errors import UserError
-from lora import LoraConfig, LoRALinear, PeftModel, get_peft_model
+from lora import LoraConfig, LoRALinear, PeftModel, TaskType, get_peft_model
 from lora.adapter import adapter_tensors
 from lora.targets import find_targets, pattern_value
 from lora.variants import DoRALinear
@@ -367,3 +367,113 @@ def test_an_unknown_option_that_is_off_is_read_past_and_one_that_is_on_is_refuse
     path.write_text(json.dumps(config | {"shiny_new_option": 3}))
     with pytest.raises(UserError, match="shiny_new_option is 3"):
         PeftModel.from_pretrained(base_model("distilbert"), tmp_path)
+
+
+# What would otherwise go wrong in silence
+
+
+def test_taking_lora_out_or_merging_while_it_is_switched_off_is_refused(tmp_path):
+    model = adapted()
+    perturb(model)
+    model.save_pretrained(tmp_path)
+    expected = logits(model)
+    for verb in (model.unload, model.merge_adapter, model.merge_and_unload, lambda: model.load_adapter(tmp_path)):
+        with model.disable_adapter(), pytest.raises(UserError, match="switched off"):
+            verb()
+    assert torch.equal(logits(model), expected)
+
+
+def test_a_bias_that_two_modules_share_is_trained_and_switched_off_once():
+    base = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    base[1].bias = base[0].bias
+    x = torch.randn(3, 8)
+    expected = base(x)
+    model = get_peft_model(base, LoraConfig(target_modules=["0"], bias="all", task_type=None))
+    perturb(model)
+    trained = model(x)
+    with model.disable_adapter():
+        assert torch.equal(model(x), expected)
+    assert torch.equal(model(x), trained)
+
+
+def test_merging_into_a_weight_that_another_module_shares_is_refused():
+    base = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    base[2].weight = base[0].weight
+    model = get_peft_model(base, LoraConfig(target_modules=["0"], task_type=None))
+    with pytest.raises(UserError, match="shares its weight"):
+        model.merge_adapter()
+
+
+def test_what_only_looks_like_a_linear_layer_is_refused():
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    for base, name in ((nn.Sequential(Doubled(8, 8)), "0"), (nn.MultiheadAttention(8, 2), "out_proj")):
+        with pytest.raises(UserError, match="only plain"):
+            get_peft_model(base, LoraConfig(target_modules=[name], task_type=None))
+    hooked = nn.Sequential(nn.Linear(8, 8))
+    hooked[0].register_forward_hook(lambda module, inputs, output: output + 1)
+    with pytest.raises(UserError, match="hooks"):
+        get_peft_model(hooked, LoraConfig(target_modules=["0"], task_type=None))
+
+
+def test_saving_what_was_unloaded_does_not_overwrite_an_adapter(tmp_path):
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    before = (tmp_path / "adapter_model.safetensors").read_bytes()
+    model.unload()
+    with pytest.raises(UserError, match="no LoRA"):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == before
+    again = get_peft_model(model, LoraConfig(r=3, target_modules=Q_V))  # the wrapper of before is looked through
+    assert (
+        adapter_tensors(again.base_model).keys() == safetensors.torch.load_file(tmp_path / "adapter_model.safetensors").keys()
+    )
+
+
+def test_modules_to_save_are_matched_at_the_end_of_a_name_as_peft_matches_them():
+    options = {"target_modules": Q_V, "modules_to_save": ["layer_norm"]}
+    ours = get_peft_model(base_model("distilbert"), LoraConfig(**options))
+    theirs = peft.get_peft_model(base_model("distilbert"), peft.LoraConfig(task_type="SEQ_CLS", **options))
+    assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
+
+
+def test_a_head_can_be_asked_for_what_it_is_and_cast_with_its_model():
+    model = adapted()
+    perturb(model)
+    head = model.classifier
+    assert head.weight is head.trained_module.weight
+    with model.disable_adapter():
+        assert head.weight is head.original_module.weight
+    expected = logits(model)
+    torch.testing.assert_close(logits(model.to(torch.bfloat16)).float(), expected, atol=0.5, rtol=0.1)
+
+
+def test_biases_in_16_bits_are_not_trained():
+    with pytest.raises(UserError, match="biases in float32"):
+        get_peft_model(base_model("distilbert").to(torch.bfloat16), LoraConfig(target_modules=Q_V, bias="all"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank_pattern": None}, "rank_pattern is None"),
+        ({"target_modules": 5}, "target_modules is 5"),
+        ({"layers_to_transform": "1"}, "layers_to_transform is '1'"),
+        ({"use_dora": "no"}, "use_dora is 'no'"),
+        ({"modules_to_save": "classifier"}, "modules_to_save is 'classifier'"),
+        ({"inference_mode": True}, "inference_mode is True"),
+        ({"lora_alpha": 1e300}, "lora_alpha is"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_refused_by_name(options, message):
+    with pytest.raises(UserError, match=message):
+        LoraConfig(**options)
+
+
+def test_what_a_script_for_peft_types_is_taken():
+    config = LoraConfig(task_type=TaskType.SEQ_CLS, inference_mode=False, r=2, target_modules={"v_lin", "q_lin"})
+    assert config == LoraConfig(r=2, target_modules=["q_lin", "v_lin"])
+    model = get_peft_model(base_model("distilbert"), config)
+    assert model.get_base_model() is model.base_model
