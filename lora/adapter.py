@@ -45,7 +45,7 @@ def save_adapter(model: nn.Module, config: LoraConfig, folder: str | Path) -> No
     Raises UserError if a tensor is not finite, and if the folder holds a whole model or cannot be written.
     """
     folder = Path(folder)
-    tensors = {key: tensor.float().cpu().contiguous() for key, tensor in sorted(adapter_tensors(model).items())}
+    tensors = {key: tensor.float().cpu().contiguous() for key, tensor in adapter_tensors(model).items()}
     if not tensors:
         raise UserError("there is no LoRA in this model to save: it was unloaded")
     _refuse_what_is_not_finite(tensors, "the adapter")

@@ -87,7 +87,7 @@ def test_the_scale_is_alpha_over_r_and_with_rslora_alpha_over_the_root_of_r():
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
-def test_each_layer_scales_by_the_rank_and_alpha_pattern_value(use_rslora):
+def test_each_layer_scales_by_the_rank_and_alpha_of_its_own(use_rslora):
     patterns = {"rank_pattern": {"q_lin": 8, "layer.1.attention.v_lin": 4}, "alpha_pattern": {"v_lin": 9}}
     options = {"r": 3, "lora_alpha": 6, "target_modules": Q_V, "use_rslora": use_rslora, **patterns}
     ours = get_peft_model(base_model("distilbert"), LoraConfig(**options))

@@ -8,6 +8,7 @@ import json
 
 import peft
 import pytest
+import safetensors
 import safetensors.torch
 import torch
 import torch.nn.functional as F
@@ -261,6 +262,11 @@ def test_the_config_file_holds_the_long_lived_keys_sorted_and_the_same_bytes_eve
         "use_rslora": False, "use_dora": False,
     }  # fmt: skip
     assert PeftConfig.from_pretrained(tmp_path / "one").target_modules == ["q_lin", "v_lin"]
+    with safetensors.safe_open(tmp_path / "one" / "adapter_model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float32}  # noqa: SIM118 - no mapping
+    LoraConfig(init_lora_weights="gaussian").save_pretrained(tmp_path / "one")
+    assert json.loads((tmp_path / "one" / "adapter_config.json").read_text())["init_lora_weights"] is True
 
 
 @pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
