@@ -24,6 +24,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Everything that was trained, under peft's keys and sharing the model's memory: adapters, head and biases."""
     tensors: dict[str, Tensor] = {}
     for name, module in model.named_modules():
+        name = name.replace("_orig_mod.", "")  # torch.compile's wrapper is no part of the model
         if isinstance(module, LoRALinear):
             parameters = {key: value for key, value in module.named_parameters() if key.startswith("lora_")}
         elif isinstance(module, ModuleToSave):

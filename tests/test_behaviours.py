@@ -313,9 +313,10 @@ def test_the_norm_in_dora_is_a_constant_for_the_gradient():
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"bias": "all"}], ids=str)
 def test_no_adapter_name_no_wrapper_and_no_compiler_stands_in_a_key(tmp_path, options):
-    model = adapted(**options)
-    torch.compile(model)  # which wraps; what is saved is the model itself
+    config = LoraConfig(r=3, target_modules=Q_V, **options)
+    model = get_peft_model(torch.compile(base_model("distilbert")), config)  # which only wraps until it is called
     model.save_pretrained(tmp_path)
+    PeftModel.from_pretrained(base_model("distilbert"), tmp_path)
     keys = list(safetensors.torch.load_file(tmp_path / "adapter_model.safetensors"))
     assert "base_model.model.classifier.weight" in keys
     assert "base_model.model.distilbert.transformer.layer.0.attention.q_lin.lora_A.weight" in keys
