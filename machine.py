@@ -13,7 +13,7 @@ def choose_device(name: str) -> torch.device:
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(device for device, there in available.items() if there)
-    if not available[name]:
+    if not available.get(name):
         raise UserError(f"--device is {name}, and PyTorch finds none on this machine: leave it out, or use cpu")
     return torch.device(name)
 

@@ -48,7 +48,7 @@ def load_classifier(folder: Path, model: str | None, device_name: str, max_lengt
         if len(names) != len(head) or not all(isinstance(name, str) for name in names):
             raise UserError(f"{path} does not name the adapter's {len(head)} classes: write a list of as many strings")
 
-    base, tokenizer = load_pretrained(name, len(head), config.revision)
+    base, tokenizer = load_pretrained(name, len(head), config.revision if model is None else None)
     if not 3 <= max_length <= base.config.max_position_embeddings:
         longest = base.config.max_position_embeddings
         raise UserError(f"--max-length is {max_length}; this model reads from 3 to {longest} tokens")
