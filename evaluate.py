@@ -11,47 +11,59 @@ from tqdm import tqdm
 
 from data import TokenizedTexts, evaluation_batches, pad
 from errors import UserError
-
-BATCH = 64  # examples at a time; no gradient is kept, so more than in training
+from fast import fast_if_cpu
+from processes import Processes
 
 
 class Forward:
-    """From example numbers to logits, in training as in evaluation: pad, move to the device, run under autocast."""
+    """From example numbers to logits, in training as in evaluation: pad, move to the device, run under autocast.
+
+    The model's frozen weights have the type and the values that they will keep (see fast.py).
+    """
 
     def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype):
         self.model, self.device, self.dtype = model, device, dtype
+        self.fast = fast_if_cpu(model, device)
 
     def __call__(self, texts: TokenizedTexts, batch: np.ndarray) -> torch.Tensor:
         """Logits (B, num_labels) in float32."""
         input_ids, mask = pad(texts, batch)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return self.model(input_ids.to(self.device), mask.to(self.device)).float()
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32), self.fast:
+            return self.model(self.move(input_ids), self.move(mask)).float()
+
+    def move(self, tensor: torch.Tensor) -> torch.Tensor:
+        """To the device; to a GPU from pinned memory, so that it copies while the processor goes on."""
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor.to(self.device)
 
 
-def compute_logits(forward: Forward, texts: TokenizedTexts, bar: tqdm | None = None) -> np.ndarray:
-    """(N, num_labels) float32, every text evaluated exactly once. Leaves the model in evaluation mode.
+def compute_logits(forward: Forward, texts: TokenizedTexts, batches: list[np.ndarray], bar: tqdm | None = None) -> np.ndarray:
+    """(N, num_labels) float32 of the N texts in `batches`, in that order. Leaves the model in evaluation mode.
 
     Raises UserError if the model computes what is no finite number.
     """
     rows: list[np.ndarray] = []
-    batches = evaluation_batches(texts.lengths, BATCH)
     forward.model.eval()
     with torch.inference_mode():
         for batch in batches:
             rows.append(forward(texts, batch).cpu().numpy())
             if bar is not None:
                 bar.update(len(batch))
-    logits = np.empty((len(texts), rows[0].shape[1]), dtype=np.float32)
-    logits[np.concatenate(batches)] = np.concatenate(rows)  # back in the order of the texts
+    logits = np.concatenate(rows)
     if not np.isfinite(logits).all():
         raise UserError("the model computes no finite numbers: try a smaller --learning-rate, or --dtype float32")
     return logits
 
 
-def predict(forward: Forward, texts: TokenizedTexts, what: str) -> np.ndarray:
-    """(N,) the likeliest class of every text, under a progress bar called `what`."""
-    with progress(len(texts), what, leave=False) as bar:
-        return compute_logits(forward, texts, bar).argmax(axis=1)
+def evaluate(
+    forward: Forward, texts: TokenizedTexts, labels: np.ndarray, num_labels: int, processes: Processes, what: str
+) -> np.ndarray:
+    """The confusion matrix over all texts: every process counts its share, and the counts are summed."""
+    matrix = np.zeros((num_labels, num_labels), dtype=np.int64)
+    if batches := processes.share(evaluation_batches(texts.lengths)):
+        with progress(sum(map(len, batches)), what, leave=False, quiet=not processes.first) as bar:
+            predictions = compute_logits(forward, texts, batches, bar).argmax(axis=1)
+        matrix = confusion_matrix(labels[np.concatenate(batches)], predictions, num_labels)
+    return processes.sum(torch.from_numpy(matrix).to(forward.device)).cpu().numpy()
 
 
 def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_labels: int) -> np.ndarray:

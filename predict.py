@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from data import read_texts, tokenize
+from data import evaluation_batches, read_texts, tokenize
 from errors import UserError, exit_status
 from evaluate import Forward, compute_logits, progress
 from files import read_json
@@ -65,7 +65,10 @@ def label(
     """{"text", "label", "score", "scores"} for each text, in order, with CHUNK of them in memory at a time."""
     rest = iter(texts)
     while chunk := list(itertools.islice(rest, CHUNK)):
-        logits = compute_logits(forward, tokenize(tokenizer, chunk, max_length))
+        tokenized = tokenize(tokenizer, chunk, max_length)
+        batches = evaluation_batches(tokenized.lengths)
+        logits = np.empty((len(chunk), len(names)), dtype=np.float32)
+        logits[np.concatenate(batches)] = compute_logits(forward, tokenized, batches)  # back in the order of the texts
         scores = np.exp(logits - logits.max(axis=1, keepdims=True))  # softmax
         scores /= scores.sum(axis=1, keepdims=True)
         for text, row in zip(chunk, scores.astype(float), strict=True):

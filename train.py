@@ -4,15 +4,22 @@ python train.py                                          distilbert-base-uncased
 python train.py --model minilm --dataset sample          the same on the embedded encoder and corpus, without a network
 python train.py --dataset my/folder                      your own train and test, as .jsonl or .csv (see data/datasets.py)
 python train.py --help                                   every option
+
+torchrun --nproc-per-node 4 train.py                     on the four GPUs of one machine, or with four processes on its cores
+torchrun --nnodes 2 --node-rank 0 --nproc-per-node 4 --master-addr HOST --master-port 29500 train.py
+                                                         on two machines; on the second, with --node-rank 1
 """
 
 import dataclasses
+import functools
 import io
 import json
 import math
+import os
 import sys
 import time
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -24,14 +31,16 @@ from tokenizers import Tokenizer
 from torch import nn
 from tqdm import tqdm
 
-from data import TokenizedTexts, evaluation_batches, load_dataset, tokenize, training_batches
+from data import TokenizedTexts, evaluation_batches, load_dataset, micro_batches, tokenize, training_batches
 from errors import UserError, exit_status
-from evaluate import Forward, confusion_matrix, f1_per_class, macro_f1, predict, progress, scores
+from evaluate import Forward, evaluate, f1_per_class, macro_f1, progress, scores
 from files import HubUnreachable, new_folder, refuse_to_overwrite, write_file
 from lora import PeftModel, get_peft_model
 from machine import cast_frozen_matrices, choose_device, choose_dtype, peak_memory_mb
 from model import DistilBertForSequenceClassification, load_pretrained, save_pretrained
+from optimizer import AdamW
 from options import DEFAULT_DATASET, DEFAULT_MODEL, EMBEDDED_DATASET, EMBEDDED_MODEL, Options, parse
+from processes import Processes
 
 LOG_EVERY = 10  # steps
 RUN_FILES = ("metrics.jsonl", "results.json", "adapter")  # of a run's folder
@@ -39,16 +48,14 @@ RUN_FILES = ("metrics.jsonl", "results.json", "adapter")  # of a run's folder
 
 def run(options: Options) -> dict[str, Any]:
     """The experiment. Returns what it writes into results.json."""
+    processes = Processes()
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
     config = options.lora_config()
     output_dir = Path(f"runs/{datetime.now():%Y-%m-%d-%H%M%S}" if options.output_dir is None else options.output_dir)
-    refuse_to_overwrite(output_dir)
-    if options.merged_output is not None:
-        merged_dir, run_dir = Path(options.merged_output).resolve(), output_dir.resolve()
-        refuse_to_overwrite(merged_dir)
-        if merged_dir in [run_dir, *run_dir.parents] or merged_dir in [run_dir / name for name in RUN_FILES]:
-            raise UserError(f"--merged-output {options.merged_output} is in the way of {output_dir}: name another folder")
+    if processes.first:
+        check_folders(output_dir, options.merged_output)
+    processes.join(device)
 
     # Data and model: what was asked for, or, where nothing was and there is no hub, what is embedded.
     dataset, dataset_name, data_notice = load_or_step_in(load_dataset, options.dataset, DEFAULT_DATASET, EMBEDDED_DATASET)
@@ -76,21 +83,23 @@ def run(options: Options) -> dict[str, Any]:
 
     # LoRA: everything is frozen but the adapters and the head.
     config = dataclasses.replace(config, base_model_name_or_path=model_name)
-    model = get_peft_model(base, config).to(device)
+    model = get_peft_model(base, config)
     model.print_trainable_parameters()
     trainable, total = model.get_nb_trainable_parameters()
-    cast_frozen_matrices(model, dtype)
+    processes.agree(lambda: fingerprint(options, dtype, model, [train_texts.ids, train_split.labels, test_texts.ids]))
+    cast_frozen_matrices(model.to(device), dtype)
     forward = Forward(model, device, dtype)
 
     # Evaluate, train, evaluate.
-    make_folder(output_dir)
-    before = confusion_matrix(test_split.labels, predict(forward, test_texts, "before"), len(names))
+    log = make_folder(output_dir) / "metrics.jsonl" if processes.first else Path(os.devnull)
+    before = evaluate(forward, test_texts, test_split.labels, len(names), processes, "before")
     print(f"macro-F1 before training: {macro_f1(before):.4f}")
-    trained = train(forward, train_texts, train_split.labels, options, output_dir / "metrics.jsonl")
-    after = confusion_matrix(test_split.labels, predict(forward, test_texts, "after"), len(names))
+    trained = train(forward, train_texts, train_split.labels, options, processes, log)
+    after = evaluate(forward, test_texts, test_split.labels, len(names), processes, "after")
     print(f"macro-F1 after training:  {macro_f1(after):.4f}")
     for name, f1 in zip(names, f1_per_class(after), strict=True):
         print(f"  F1 of {name:<20} {f1:.4f}")
+    processes.leave()
 
     # Keep the result.
     results = {
@@ -100,14 +109,17 @@ def run(options: Options) -> dict[str, Any]:
         "seed": options.seed,
         "device": device.type,
         "dtype": str(dtype).removeprefix("torch."),
+        "processes": processes.world,
         "options": dataclasses.asdict(options),
         "parameters": {"trainable": trainable, "all": total, "percent": round(100 * trainable / total, 4)},
         "before": scores(before, names),
         "after": scores(after, names),
         "train": trained | {"peak_memory_mb": peak_memory_mb(device)},
     }
+    if not processes.first:
+        return results
     write_file(output_dir / "results.json", json.dumps(results, indent=2).encode() + b"\n")
-    longest = evaluation_batches(test_texts.lengths, 32)[-1]
+    longest = evaluation_batches(test_texts.lengths)[-1]
     with new_folder(output_dir / "adapter") as adapter:
         model.save_pretrained(adapter)
         tokenizer.save(str(adapter / "tokenizer.json"))
@@ -124,11 +136,21 @@ def run(options: Options) -> dict[str, Any]:
     if options.merged_output is not None:
         merged = load_base(model_name)[0]  # in float32, of which a merge costs no more than rounding
         PeftModel.from_pretrained(merged, output_dir / "adapter").merge_and_unload()
-        save_pretrained(merged, tokenizer, merged_dir, names)
+        save_pretrained(merged, tokenizer, options.merged_output, names)
         print(f"saved {options.merged_output}, the merged model")
     if notice:
         print(notice)
     return results
+
+
+def check_folders(output_dir: Path, merged_output: str | None) -> None:
+    """Raises UserError if the results would overwrite something, or each other."""
+    refuse_to_overwrite(output_dir)
+    if merged_output is not None:
+        merged_dir, run_dir = Path(merged_output).resolve(), output_dir.resolve()
+        refuse_to_overwrite(merged_dir)
+        if merged_dir in [run_dir, *run_dir.parents] or merged_dir in [run_dir / name for name in RUN_FILES]:
+            raise UserError(f"--merged-output {merged_output} is in the way of {output_dir}: name another folder")
 
 
 def load_or_step_in(load: Callable[[str], Any], asked: str | None, default: str, embedded: str) -> tuple[Any, str, str]:
@@ -143,17 +165,30 @@ def load_or_step_in(load: Callable[[str], Any], asked: str | None, default: str,
     return load(embedded), embedded, notice
 
 
-def train(forward: Forward, texts: TokenizedTexts, labels: np.ndarray, options: Options, log: Path) -> dict[str, Any]:
+def fingerprint(options: Options, dtype: torch.dtype, model: nn.Module, data: list[np.ndarray]) -> dict[str, Any]:
+    """What must be equal in all processes: every option, and checksums of the data and of all weights."""
+    weights = [parameter.detach().numpy() for parameter in model.parameters()]
+    checksums = {"checksum of the weights": checksum(weights), "checksum of the data": checksum(data)}
+    return dataclasses.asdict(options) | {"dtype": dtype} | checksums
+
+
+def checksum(arrays: Iterable[np.ndarray]) -> int:
+    return functools.reduce(lambda value, array: zlib.crc32(array.data, value), arrays, 0)
+
+
+def train(
+    forward: Forward, texts: TokenizedTexts, labels: np.ndarray, options: Options, processes: Processes, log: Path
+) -> dict[str, Any]:
     """The loop: AdamW on what is trainable, one line of metrics every LOG_EVERY steps. Returns what it measured."""
+    device = forward.device
     groups = parameter_groups(forward.model, options.learning_rate, options.loraplus_lr_ratio)
-    parameters = [parameter for group in groups for parameter in group["params"]]
-    optimizer = torch.optim.AdamW(groups, weight_decay=options.weight_decay)
+    optimizer = AdamW(groups, options.weight_decay)
     examples = options.epochs * len(labels)
     steps = options.epochs * math.ceil(len(labels) / options.batch_size)
-    step, losses, done = 0, [], 0
+    step, done, losses = 0, 0, []
     forward.model.train()
     start = time.perf_counter()
-    with open(log, "w") as metrics, progress(examples, "train") as bar:
+    with open(log, "w") as metrics, progress(examples, "train", quiet=not processes.first) as bar:
         for epoch in range(options.epochs):
             for batch in training_batches(texts.lengths, options.batch_size, options.seed, epoch):
                 step += 1
@@ -161,14 +196,19 @@ def train(forward: Forward, texts: TokenizedTexts, labels: np.ndarray, options: 
                 for group in optimizer.param_groups:
                     group["lr"] = share * group["highest_lr"]
 
-                logits = forward(texts, batch)
-                loss = F.cross_entropy(logits, torch.from_numpy(labels[batch]).to(logits.device))
-                loss.backward()
-                norm = nn.utils.clip_grad_norm_(parameters, max_norm=1.0)
+                torch.manual_seed(random_seed(options.seed, step, processes.rank))  # of dropout
+                loss = torch.zeros((), device=device)
+                for part in micro_batches(texts.lengths, processes.share(batch)):
+                    logits, target = forward(texts, part), forward.move(torch.from_numpy(labels[part]))
+                    part_of_loss = F.cross_entropy(logits, target, reduction="sum") / len(batch)
+                    part_of_loss.backward()
+                    loss += part_of_loss.detach()
+                processes.sum_gradients(optimizer.parameters, loss)
+                norm = nn.utils.clip_grad_norm_(optimizer.parameters, max_norm=1.0)
                 optimizer.step()
                 optimizer.zero_grad()
 
-                losses.append(loss.detach())
+                losses.append(loss)
                 done += len(batch)
                 bar.update(len(batch))
                 if step % LOG_EVERY == 0 or step == steps:
@@ -224,11 +264,17 @@ def warn_of_a_long_run(bar: tqdm, seconds_per_example: float, examples: int) -> 
         bar.write(f"training will take about {minutes:,.0f} minutes here; --train-limit {limit} with --epochs 1 takes about 10")
 
 
-def make_folder(folder: Path) -> None:
+def random_seed(*numbers: int) -> int:
+    """A seed of 64 bits that depends on every one of `numbers`, so that a step's dropout is the same whatever came before."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+def make_folder(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output-dir {folder} cannot be made: {error.strerror}") from error
+    return folder
 
 
 def main(arguments: list[str] | None = None) -> int:

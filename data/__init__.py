@@ -1,6 +1,6 @@
 """The text: data sets read and checked, tokenised once, and cut into batches."""
 
-from data.batching import TokenizedTexts, evaluation_batches, pad, tokenize, training_batches
+from data.batching import TokenizedTexts, evaluation_batches, micro_batches, pad, tokenize, training_batches
 from data.datasets import Dataset, Split, load_dataset
 from data.texts import read_texts
 
@@ -10,6 +10,7 @@ __all__ = [
     "TokenizedTexts",
     "evaluation_batches",
     "load_dataset",
+    "micro_batches",
     "pad",
     "read_texts",
     "tokenize",

@@ -11,11 +11,14 @@ import json
 import os
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.nn import init
+from torch.overrides import TorchFunctionMode
 
 from errors import UserError
 from files import hub_file, new_folder, read_json, read_safetensors
@@ -69,14 +72,14 @@ def load_pretrained(
     tokenizer = _read_tokenizer(tokenizer_file, config)
     weights = _translate(read_safetensors(weights_file), weights_file)
 
-    with torch.device("meta"):  # shapes only: every tensor is about to come from the file
+    with Unfilled():  # every tensor is about to come from the file
         classifier = DistilBertForSequenceClassification(config)
     expected = classifier.state_dict()
     missing = [key for key in expected if key not in weights]
     if set(HEAD) <= set(missing):
         missing = [key for key in missing if key not in HEAD]
         for layer in (classifier.pre_classifier, classifier.classifier):
-            init_weights(layer.to_empty(device="cpu"))
+            init_weights(layer)
     if missing:
         raise UserError(f"{weights_file} lacks {_some(missing)}: it is not the checkpoint that its config.json describes")
     for key, tensor in weights.items():
@@ -89,7 +92,7 @@ def load_pretrained(
         if tensor.shape != expected[key].shape:
             shapes = f"{tuple(tensor.shape)}, and its config.json says {tuple(expected[key].shape)}"
             raise UserError(f"{weights_file}: {key} has the shape {shapes}: they do not belong together")
-        if not tensor.isfinite().all():
+        if not torch.stack(tensor.aminmax()).isfinite().all():  # a NaN is its own smallest and largest
             raise UserError(f"{weights_file}: {key} holds numbers that are not finite: fetch or train it again")
     classifier.load_state_dict(weights, strict=False, assign=True)
     return classifier.requires_grad_(True).eval(), tokenizer
@@ -121,6 +124,14 @@ def save_pretrained(
         tokenizer.save(str(new / "tokenizer.json"))
         tokenizer_config = {"tokenizer_class": "BertTokenizer", "model_max_length": classifier.config.max_position_embeddings}
         (new / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n")
+
+
+class Unfilled(TorchFunctionMode):
+    """Under it new layers hold whatever memory holds: filling them takes a second (torch's meta device imports a compiler)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        return kwargs["tensor"] if func in (init.normal_, init.kaiming_uniform_, init.uniform_) else func(*args, **kwargs)
 
 
 def _locate(name_or_path: str, revision: str | None) -> tuple[Path, Path, Path]:

@@ -14,9 +14,9 @@ import torch
 from tokenizers import Tokenizer
 
 import train
-from data import load_dataset, tokenize
+from data import evaluation_batches, load_dataset, tokenize
 from errors import UserError
-from evaluate import Forward, predict
+from evaluate import Forward, compute_logits
 from files import write_file
 from model import DistilBertConfig, DistilBertForSequenceClassification, load_pretrained, save_pretrained
 from model.pretrained import HEAD
@@ -574,9 +574,10 @@ def test_a_model_that_has_diverged_is_not_scored(base_folder, tokenizer_file):
     model, tokenizer = load_pretrained(str(base_folder), 2)
     texts = tokenize(tokenizer, ["one", "two"], 16)
     forward = Forward(model, torch.device("cpu"), torch.float32)
-    assert predict(forward, texts, "before").shape == (2,)
+    batches = evaluation_batches(texts.lengths)
+    assert compute_logits(forward, texts, batches).shape == (2, 2)
     model.classifier.bias.data[0] = torch.inf
-    assert "smaller --learning-rate" in refusal(predict, forward, texts, "after")
+    assert "smaller --learning-rate" in refusal(compute_logits, forward, texts, batches)
 
 
 def process(*arguments, **environment):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from data import TokenizedTexts, evaluation_batches, load_dataset, pad, tokenize, training_batches
+from data import TokenizedTexts, evaluation_batches, load_dataset, micro_batches, pad, tokenize, training_batches
 from data.batching import POOL, SLICE
 from data.datasets import SAMPLE
 
@@ -240,12 +240,35 @@ def padded(lengths, batches):
 
 @pytest.mark.parametrize("size", [1, 2, 31, 32, 33, 100, POOL * 32, POOL * 32 + 1, 3777])
 @pytest.mark.parametrize("batch_size", [1, 7, 32, 5000])
-def test_every_batching_has_every_example_exactly_once_and_at_most_one_batch_that_is_not_full(size, batch_size):
+def test_an_epoch_has_every_example_exactly_once_and_at_most_one_batch_that_is_not_full(size, batch_size):
+    batches = training_batches(lengths_of(size), batch_size, 0, 0)
+    assert np.sort(np.concatenate(batches)).tolist() == list(range(size))
+    assert len(batches) == -(-size // batch_size)
+    assert sorted(len(batch) for batch in batches)[1:] == [batch_size] * (len(batches) - 1)
+
+
+@pytest.mark.parametrize("size", [1, 2, 33, 100, 3777])
+@pytest.mark.parametrize("tokens", [1, 100, 512, 2048, 10**6])
+def test_evaluation_and_parts_of_a_batch_have_every_example_once_and_stay_below_the_bound_on_tokens(size, tokens):
     lengths = lengths_of(size)
-    for batches in (training_batches(lengths, batch_size, 0, 0), evaluation_batches(lengths, batch_size)):
-        assert np.sort(np.concatenate(batches)).tolist() == list(range(size))
-        assert len(batches) == -(-size // batch_size)
-        assert sorted(len(batch) for batch in batches)[1:] == [batch_size] * (len(batches) - 1)
+    batch = np.random.default_rng(1).permutation(size)[: 1 + size // 2]
+    for whole, parts in [
+        (np.arange(size), evaluation_batches(lengths, tokens)),
+        (batch, micro_batches(lengths, batch, tokens)),
+    ]:
+        assert np.sort(np.concatenate(parts)).tolist() == np.sort(whole).tolist()
+        assert all(len(part) == 1 or padded(lengths, [part]) <= tokens for part in parts)
+        assert (np.diff(lengths[np.concatenate(parts)]) >= 0).all()
+    assert len(micro_batches(lengths, batch, 10**9)) == 1
+    assert micro_batches(lengths, batch[:0], tokens) == []
+
+
+def test_the_parts_of_a_batch_are_equal_few_and_pad_less_than_the_whole():
+    lengths = np.array([10] * 30 + [200, 256])
+    batch = np.arange(32)
+    parts = micro_batches(lengths, batch, 1024)
+    assert [len(part) for part in parts] == [4] * 8
+    assert padded(lengths, parts) == 7 * 40 + 4 * 256 < padded(lengths, [batch]) / 6
 
 
 def test_training_batches_are_a_pure_function_of_seed_and_epoch():
@@ -283,7 +306,7 @@ def test_training_batches_pad_a_few_percent_where_shuffled_ones_pad_nearly_half(
 
 def test_evaluation_batches_are_sorted_by_length_throughout_so_that_nothing_pads_less():
     lengths = lengths_of(4001)
-    batches = evaluation_batches(lengths, 32)
+    batches = evaluation_batches(lengths, 1024)
     in_order = lengths[np.concatenate(batches)]
     assert (np.diff(in_order) >= 0).all()
     assert padded(lengths, batches) < padded(lengths, training_batches(lengths, 32, 0, 0))
@@ -302,7 +325,7 @@ def test_padded_batches_hold_every_token_of_every_text(tokenizer):
     split = load_dataset("sample").test
     texts = tokenize(tokenizer, split.texts, 64)
     counted = Counter()
-    for batch in evaluation_batches(texts.lengths, 30):
+    for batch in evaluation_batches(texts.lengths, 900):
         input_ids, mask = pad(texts, batch)
         assert input_ids.shape == mask.shape == (len(batch), texts.lengths[batch].max())
         assert mask.sum(dim=1).tolist() == texts.lengths[batch].tolist()

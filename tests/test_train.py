@@ -11,11 +11,12 @@ import transformers
 from tokenizers import Tokenizer
 
 import train
+from evaluate import confusion_matrix, macro_f1
 from lora import PeftModel
 from machine import choose_dtype
 from model import load_pretrained, save_pretrained
 from options import Options, parse
-from train import confusion_matrix, macro_f1, main, schedule
+from train import main, schedule
 
 SHORT = ["--model", "minilm", "--dataset", "sample", "--train-limit", "48", "--test-limit", "16", "--epochs", "1"]
 

@@ -1,0 +1,47 @@
+"""AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101): PyTorch's arithmetic, with the state in plain lists of tensors.
+
+`torch.optim.AdamW` does the same, but imports PyTorch's compiler first: 0.9 s and 70 MB, a third of the way to the first step.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.adamw import adamw
+
+
+class AdamW:
+    """Each group is {"params": [...], "lr": ...}; the learning rate may be changed between steps."""
+
+    def __init__(self, groups: list[dict[str, Any]], weight_decay: float):
+        self.param_groups, self.weight_decay = groups, weight_decay
+        self.parameters: list[nn.Parameter] = [parameter for group in groups for parameter in group["params"]]
+        self.step_of = {parameter: torch.zeros((), device=parameter.device) for parameter in self.parameters}
+        self.mean_of = {parameter: torch.zeros_like(parameter) for parameter in self.parameters}  # of the gradient: m
+        self.square_of = {parameter: torch.zeros_like(parameter) for parameter in self.parameters}  # of its square: v
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One step, in one kernel for all parameters of a group (fused), which waits for nothing on a GPU."""
+        for group in self.param_groups:
+            having = [parameter for parameter in group["params"] if parameter.grad is not None]
+            adamw(
+                having,
+                [parameter.grad for parameter in having],
+                [self.mean_of[parameter] for parameter in having],
+                [self.square_of[parameter] for parameter in having],
+                [],
+                [self.step_of[parameter] for parameter in having],
+                fused=True,
+                amsgrad=False,
+                beta1=0.9,
+                beta2=0.999,
+                lr=group["lr"],
+                weight_decay=self.weight_decay,
+                eps=1e-8,
+                maximize=False,
+            )
+
+    def zero_grad(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
