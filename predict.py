@@ -66,7 +66,7 @@ def label(
     rest = iter(texts)
     while chunk := list(itertools.islice(rest, CHUNK)):
         tokenized = tokenize(tokenizer, chunk, max_length)
-        batches = evaluation_batches(tokenized.lengths)
+        batches = evaluation_batches(tokenized.lengths, forward.tokens)
         logits = np.empty((len(chunk), len(names)), dtype=np.float32)
         logits[np.concatenate(batches)] = compute_logits(forward, tokenized, batches)  # back in the order of the texts
         scores = np.exp(logits - logits.max(axis=1, keepdims=True))  # softmax

@@ -7,7 +7,8 @@ batch's size; the sum over the processes is the gradient of the batch. So all th
 
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -19,6 +20,14 @@ from errors import UserError
 
 LOADING = timedelta(minutes=30)  # one may have to download what the others have
 WORKING = timedelta(seconds=50)  # how long a frozen or unplugged process is waited for; that one died is noticed at once
+
+
+@contextmanager
+def answer_expected() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise UserError(f"another process died or does not answer ({error}): its own message says why") from error
 
 
 class Processes:
@@ -42,7 +51,8 @@ class Processes:
             torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", self.world))))
         if not self.first:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the end
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=LOADING)
+        with answer_expected():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=LOADING)
 
     def agree(self, loaded: Callable[[], dict[str, Any]]) -> None:
         """Wait until all have loaded, and see to it that they have loaded the same. From here on nobody is waited for long.
@@ -52,12 +62,13 @@ class Processes:
         if self.world == 1:
             return
         everybodys: list[Any] = [None] * self.world
-        dist.all_gather_object(everybodys, loaded())
+        with answer_expected():
+            dist.all_gather_object(everybodys, loaded())
+            self.group = dist.new_group(timeout=WORKING)
         for rank, theirs in enumerate(everybodys):
             for what, value in everybodys[0].items():
                 if theirs[what] != value:
                     raise UserError(f"{what} is {value!r} in process 0 and {theirs[what]!r} in process {rank}: start all alike")
-        self.group = dist.new_group(timeout=WORKING)
 
     def share(self, items: Any) -> Any:
         """Every world-th of a list or an array, so that neighbours, which are of similar length, are dealt out evenly."""
@@ -66,10 +77,8 @@ class Processes:
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of the processes' tensors, in place. Raises UserError if one of them does not answer."""
         if self.world > 1:
-            try:
+            with answer_expected():
                 dist.all_reduce(tensor, group=self.group)
-            except RuntimeError as error:
-                raise UserError(f"another process died or does not answer ({error}): its own message says why") from error
         return tensor
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter], loss: Tensor) -> None:

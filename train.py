@@ -119,7 +119,7 @@ def run(options: Options) -> dict[str, Any]:
     if not processes.first:
         return results
     write_file(output_dir / "results.json", json.dumps(results, indent=2).encode() + b"\n")
-    longest = evaluation_batches(test_texts.lengths)[-1]
+    longest = evaluation_batches(test_texts.lengths, forward.tokens)[-1]
     with new_folder(output_dir / "adapter") as adapter:
         model.save_pretrained(adapter)
         tokenizer.save(str(adapter / "tokenizer.json"))
@@ -166,10 +166,10 @@ def load_or_step_in(load: Callable[[str], Any], asked: str | None, default: str,
 
 
 def fingerprint(options: Options, dtype: torch.dtype, model: nn.Module, data: list[np.ndarray]) -> dict[str, Any]:
-    """What must be equal in all processes: every option, and checksums of the data and of all weights."""
+    """What must be equal in all processes: the options, but for the folders of the first; checksums of data and weights."""
     weights = [parameter.detach().numpy() for parameter in model.parameters()]
     checksums = {"checksum of the weights": checksum(weights), "checksum of the data": checksum(data)}
-    return dataclasses.asdict(options) | {"dtype": dtype} | checksums
+    return dataclasses.asdict(options) | {"dtype": dtype, "output_dir": None, "merged_output": None} | checksums
 
 
 def checksum(arrays: Iterable[np.ndarray]) -> int:
@@ -198,7 +198,7 @@ def train(
 
                 torch.manual_seed(random_seed(options.seed, step, processes.rank))  # of dropout
                 loss = torch.zeros((), device=device)
-                for part in micro_batches(texts.lengths, processes.share(batch)):
+                for part in micro_batches(texts.lengths, processes.share(batch), forward.tokens):
                     logits, target = forward(texts, part), forward.move(torch.from_numpy(labels[part]))
                     part_of_loss = F.cross_entropy(logits, target, reduction="sum") / len(batch)
                     part_of_loss.backward()

@@ -117,8 +117,9 @@ class Side:
         import torch.nn.functional as F
 
         from data import micro_batches
+        from evaluate import TOKENS
 
-        for part in micro_batches(self.lengths, batch) if self.name in (OURS, TUNED) else [batch]:
+        for part in micro_batches(self.lengths, batch, TOKENS) if self.name in (OURS, TUNED) else [batch]:
             labels = torch.from_numpy(self.train.labels[part])
             (F.cross_entropy(self.logits(part), labels, reduction="sum") / len(batch)).backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -205,7 +206,11 @@ def make_checkpoint(folder: Path, tiny: bool) -> None:
 
 
 def spread(batches: list[Any], lengths: Any, count: int) -> list[Any]:
-    """`count` of the batches: the longest first, to warm up, and then evenly through their lengths: the epoch in small."""
+    """The longest of the batches, to warm up, and then `count` - 1 spread evenly through the lengths; all, if there are no more.
+
+    The few longest cost the most, above all where attention or memory grows with them: only a whole epoch weighs them right.
+    """
+    count = 1 + min(count - 1, len(batches))
     order = sorted(batches, key=lambda batch: lengths[batch].max())
     picked = [order[round((i + 0.5) * len(order) / (count - 1) - 0.5)] for i in range(count - 1)]
     return [order[-1], *picked]
@@ -215,6 +220,7 @@ def compare(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
 
     from data import load_dataset, micro_batches, training_batches
+    from evaluate import TOKENS
 
     sides = {name: Side(name, folder, options.dataset, options.max_length) for name in SIDES}
     lengths = sides[OURS].lengths
@@ -234,7 +240,7 @@ def compare(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
                 seconds[name].append(time.perf_counter() - start)
                 examples[name] += len(batch)
         if number:
-            sizes = [len(part) * int(lengths[part].max()) for part in micro_batches(lengths, alike[number])]
+            sizes = [len(part) * int(lengths[part].max()) for part in micro_batches(lengths, alike[number], TOKENS)]
             tokens += sum(sizes)
             gemm.measure(max(sizes))
             print(f"batch {number}", *(f"{seconds[name][-1]:.2f} s" for name in SIDES), file=sys.stderr)
@@ -304,7 +310,9 @@ def main() -> None:
     parser.add_argument("--dataset", default="sample", help="as for train.py [sample]")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--max-length", type=int, default=256)
-    parser.add_argument("--batches", type=int, default=20, help="that each side trains on")
+    parser.add_argument(
+        "--batches", type=int, default=20, help="of an epoch that each side trains on; a large number for the whole"
+    )
     parser.add_argument("--texts", type=int, default=512, help="that each side labels")
     parser.add_argument("--rounds", type=int, default=3, help="of labelling, and starts of each side")
     parser.add_argument("--output", type=Path, default=Path("compare_peft.json"))

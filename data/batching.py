@@ -10,7 +10,6 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 SLICE = 1000  # texts handed to the tokenizer at a time: it works in parallel within a slice, and memory is bounded by one
-TOKENS = 1024  # padded tokens that go through the model at a time; twice as many train no faster, and take 300 MB more
 POOL = 50  # batches' worth of shuffled examples that are sorted by length together; more pads less and mixes less
 
 
@@ -56,7 +55,7 @@ def training_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def micro_batches(lengths: np.ndarray, batch: np.ndarray, tokens: int = TOKENS) -> list[np.ndarray]:
+def micro_batches(lengths: np.ndarray, batch: np.ndarray, tokens: int) -> list[np.ndarray]:
     """The examples of `batch` in the fewest equal parts that have at most `tokens` tokens each, padding included.
 
     Parts hold texts of similar length. Memory is bounded by `tokens` whatever the longest text of a batch, and the longest
@@ -69,7 +68,7 @@ def micro_batches(lengths: np.ndarray, batch: np.ndarray, tokens: int = TOKENS) 
     return np.array_split(order, math.ceil(len(order) / size))
 
 
-def evaluation_batches(lengths: np.ndarray, tokens: int = TOKENS) -> list[np.ndarray]:
+def evaluation_batches(lengths: np.ndarray, tokens: int) -> list[np.ndarray]:
     """Every example once, sorted by length, in batches of at most `tokens` tokens, padding included."""
     order = np.argsort(lengths, kind="stable")
     batches, start = [], 0

@@ -574,7 +574,7 @@ def test_a_model_that_has_diverged_is_not_scored(base_folder, tokenizer_file):
     model, tokenizer = load_pretrained(str(base_folder), 2)
     texts = tokenize(tokenizer, ["one", "two"], 16)
     forward = Forward(model, torch.device("cpu"), torch.float32)
-    batches = evaluation_batches(texts.lengths)
+    batches = evaluation_batches(texts.lengths, forward.tokens)
     assert compute_logits(forward, texts, batches).shape == (2, 2)
     model.classifier.bias.data[0] = torch.inf
     assert "smaller --learning-rate" in refusal(compute_logits, forward, texts, batches)

@@ -1,6 +1,9 @@
 """The experiment as a user runs it, on the embedded encoder and corpus; and its metric, schedule and options."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import peft
@@ -13,8 +16,9 @@ from tokenizers import Tokenizer
 import train
 from evaluate import confusion_matrix, macro_f1
 from lora import PeftModel
-from machine import choose_dtype
+from machine import cast_frozen_matrices, choose_dtype, peak_memory_mb
 from model import load_pretrained, save_pretrained
+from optimizer import AdamW
 from options import Options, parse
 from train import main, schedule
 
@@ -47,6 +51,51 @@ def test_the_learning_rate_rises_to_its_highest_and_falls_towards_zero_linearly(
     assert 0 < rates[-1] < 0.02
     assert schedule(1, 3, 0.0) == 1.0
     assert 0 < schedule(1, 1, 1.0) <= 1.0
+
+
+def test_the_optimizer_takes_the_steps_of_adamw_bit_for_bit_in_groups_and_with_a_rate_that_changes():
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in [(5, 3), (2, 7), (4,)]]
+    theirs = [torch.nn.Parameter(parameter.detach().clone()) for parameter in ours]
+    optimizer = AdamW([{"params": ours[:1], "lr": 0.1}, {"params": ours[1:], "lr": 0.01}], weight_decay=0.02)
+    groups = [{"params": theirs[:1], "lr": 0.1}, {"params": theirs[1:], "lr": 0.01}]
+    reference = torch.optim.AdamW(groups, weight_decay=0.02, fused=True)
+    for step in range(20):
+        for mine, other in zip(ours, theirs, strict=True):
+            if mine.dim() > 1 or step % 3:  # a parameter without a gradient is left alone
+                mine.grad = torch.randn_like(mine)
+                other.grad = mine.grad.clone()
+        for group in (*optimizer.param_groups, *reference.param_groups):
+            group["lr"] *= 0.9
+        optimizer.step()
+        reference.step()
+        optimizer.zero_grad()
+        reference.zero_grad()
+        assert all(torch.equal(mine, other) for mine, other in zip(ours, theirs, strict=True))
+        assert all(mine.grad is None for mine in ours)
+
+
+def test_a_run_does_not_import_the_compiler_of_torch(tmp_path):
+    program = "import sys, train; sys.exit(train.main(sys.argv[1:]) or 'torch._dynamo' in sys.modules)"
+    command = [sys.executable, "-c", program, *SHORT, "--output-dir", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=Path(train.__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_peak_memory_is_that_of_the_process_and_not_of_the_one_that_started_it():
+    large = np.ones(125_000_000)  # 1 GB
+    program = "import torch, machine; print(machine.peak_memory_mb(torch.device('cpu')))"
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=Path(train.__file__).parent, capture_output=True, text=True)
+    assert 50 < float(done.stdout) < large.nbytes / 1e6 < peak_memory_mb(torch.device("cpu"))
+
+
+def test_the_checkpoint_does_not_stay_in_memory_for_the_sake_of_its_vectors():
+    model, _ = load_pretrained("minilm", 2)
+    before = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    model.requires_grad_(False)
+    cast_frozen_matrices(model, torch.bfloat16)
+    assert all(parameter.data_ptr() != before[name] for name, parameter in model.named_parameters())
 
 
 def test_every_option_is_a_flag_with_a_help_text_and_what_is_typed_arrives(capsys):
