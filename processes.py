@@ -7,6 +7,7 @@ batch's size; the sum over the processes is the gradient of the batch. So all th
 
 import os
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -44,6 +45,7 @@ class Processes:
 
     def join(self, device: torch.device) -> None:
         """Meet the others, over nccl between GPUs and gloo between CPUs."""
+        self.device = device
         if self.world == 1:
             return
         if device.type == "cpu" and os.environ.get("OMP_NUM_THREADS") == "1":  # set by torchrun, however many cores there are
@@ -57,18 +59,20 @@ class Processes:
     def agree(self, loaded: Callable[[], dict[str, Any]]) -> None:
         """Wait until all have loaded, and see to it that they have loaded the same. From here on nobody is waited for long.
 
-        Raises UserError if an entry of what `loaded` returns differs between processes.
+        Raises UserError if an entry of what `loaded` returns differs between processes, by the entry's name.
         """
         if self.world == 1:
             return
-        everybodys: list[Any] = [None] * self.world
+        mine = loaded()
+        checksums = torch.tensor([zlib.crc32(repr(value).encode()) for value in mine.values()], device=self.device)
+        everybodys = [torch.empty_like(checksums) for _ in range(self.world)]
         with answer_expected():
-            dist.all_gather_object(everybodys, loaded())
+            dist.all_gather(everybodys, checksums)
             self.group = dist.new_group(timeout=WORKING)
         for rank, theirs in enumerate(everybodys):
-            for what, value in everybodys[0].items():
-                if theirs[what] != value:
-                    raise UserError(f"{what} is {value!r} in process 0 and {theirs[what]!r} in process {rank}: start all alike")
+            for what, equal in zip(mine, theirs == everybodys[0], strict=True):
+                if not equal:
+                    raise UserError(f"{what} differs between processes 0 and {rank}: start all of them alike")
 
     def share(self, items: Any) -> Any:
         """Every world-th of a list or an array, so that neighbours, which are of similar length, are dealt out evenly."""

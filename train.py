@@ -39,7 +39,7 @@ from lora import PeftModel, get_peft_model
 from machine import cast_frozen_matrices, choose_device, choose_dtype, peak_memory_mb
 from model import DistilBertForSequenceClassification, load_pretrained, save_pretrained
 from optimizer import AdamW
-from options import DEFAULT_DATASET, DEFAULT_MODEL, EMBEDDED_DATASET, EMBEDDED_MODEL, Options, parse
+from options import DEFAULT_DATASET, DEFAULT_MODEL, EMBEDDED_DATASET, EMBEDDED_MODEL, Options, flag, parse
 from processes import Processes
 
 LOG_EVERY = 10  # steps
@@ -166,10 +166,13 @@ def load_or_step_in(load: Callable[[str], Any], asked: str | None, default: str,
 
 
 def fingerprint(options: Options, dtype: torch.dtype, model: nn.Module, data: list[np.ndarray]) -> dict[str, Any]:
-    """What must be equal in all processes: the options, but for the folders of the first; checksums of data and weights."""
+    """What must be equal in all processes: the options, but for the folders that the first writes, and what was loaded."""
     weights = [parameter.detach().numpy() for parameter in model.parameters()]
-    checksums = {"checksum of the weights": checksum(weights), "checksum of the data": checksum(data)}
-    return dataclasses.asdict(options) | {"dtype": dtype, "output_dir": None, "merged_output": None} | checksums
+    given = dataclasses.asdict(options) | {"dtype": dtype, "output_dir": None, "merged_output": None}
+    return {flag(name): value for name, value in given.items()} | {
+        "the model": checksum(weights),
+        "the data": checksum(data),
+    }
 
 
 def checksum(arrays: Iterable[np.ndarray]) -> int:

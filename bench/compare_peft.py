@@ -206,7 +206,7 @@ def make_checkpoint(folder: Path, tiny: bool) -> None:
 
 
 def spread(batches: list[Any], lengths: Any, count: int) -> list[Any]:
-    """The longest of the batches, to warm up, and then `count` - 1 spread evenly through the lengths; all, if there are no more.
+    """The longest of the batches, to warm up, and then `count` - 1 spread evenly through the lengths, or all of them.
 
     The few longest cost the most, above all where attention or memory grows with them: only a whole epoch weighs them right.
     """
