@@ -32,7 +32,7 @@ def answer_expected() -> Iterator[None]:
 
 
 class Processes:
-    """This process, number `rank` of `world`. Without `torchrun` it is the only one, and nothing below does anything."""
+    """This process, number `rank` of `world`. Without `torchrun` it is the only one, and nothing below has anything to do."""
 
     def __init__(self) -> None:
         self.rank, self.world = (int(os.environ.get(name, default)) for name, default in [("RANK", 0), ("WORLD_SIZE", 1)])

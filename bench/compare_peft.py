@@ -35,7 +35,7 @@ OURS, TUNED, BFLOAT16, TUTORIAL = SIDES
 
 
 class Side:
-    """One way to train and to label: `step(batch)` and `label(texts)`, on the base model in `folder`."""
+    """One way to train, a batch at a time by `step`, on the base model in `folder`; `labeller` makes it label."""
 
     def __init__(self, name: str, folder: Path, dataset: str, max_length: int):
         import torch
