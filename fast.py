@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 WORD = 1 << 16  # dropout draws 16 bits for an element
-# oneDNN keeps 1,024 compiled products, and nearly every batch has a shape of its own: 64 do for one batch, and save 400 MB
+# oneDNN, and torch beneath its own matmul once more, keep the last 1,024 products that they compiled. Nearly every batch has
+# shapes of its own, so that few are met again: of an epoch's peak these two lines save 1.2 GB, which leaves 0.95 GB.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+os.environ.setdefault("LRU_CACHE_CAPACITY", "8")
 
 
 class Fast(TorchFunctionMode):

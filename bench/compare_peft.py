@@ -24,102 +24,55 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-SIDES = {
-    "plain-lora": "as train.py does: frozen weights in bfloat16, batches of similar length, at most 1,024 tokens at a time",
-    "peft, tuned": "transformers + peft, frozen weights in bfloat16 under autocast, fused AdamW, the very batches and parts of "
-    "plain-lora, attention 'eager' (with dropout on a CPU faster than the default); inference merged, bfloat16, sorted",
-    "peft, bfloat16": "the same with whole batches and the default attention, 'sdpa', as Trainer would with group_by_length",
-    "peft, tutorial": "float32, shuffled, padded to the longest of the batch; inference by pipeline, merged",
+OURS, TUTORIAL = "plain-lora", "peft, tutorial"
+LORA: dict[str, Any] = {
+    "task_type": "SEQ_CLS",
+    "r": 2,
+    "lora_alpha": 16,
+    "lora_dropout": 0.1,
+    "target_modules": ["q_lin", "v_lin"],
 }
-OURS, TUNED, BFLOAT16, TUTORIAL = SIDES
 
 
 class Side:
-    """One way to train, a batch at a time by `step`, on the base model in `folder`; `labeller` makes it label."""
+    """One way to train, a batch at a time by `step`, and then to label by `labeller`, on the base model in `folder`."""
 
-    def __init__(self, name: str, folder: Path, dataset: str, max_length: int):
+    parts = False  # whether a batch goes through the model in parts of at most TOKENS tokens, padding included
+    lengths: Any  # of the training texts, in tokens
+
+    def __init__(self, folder: Path, dataset: str, max_length: int):
         import torch
 
         from data import load_dataset
         from machine import choose_dtype
 
-        self.name, self.folder, self.max_length = name, folder, max_length
+        self.max_length, self.dtype = max_length, choose_dtype("auto", torch.device("cpu"))
         data = load_dataset(dataset)
         self.train, self.num_labels = data.train, len(data.label_names)
-        self.dtype = torch.float32 if name == TUTORIAL else choose_dtype("auto", torch.device("cpu"))
         torch.manual_seed(0)
-        self.build()
+        self.model = self.build(folder)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer: Any
-        if name == OURS:
-            from optimizer import AdamW
-
-            self.optimizer = AdamW([{"params": self.parameters, "lr": 1e-4}], weight_decay=0.01)
-        else:
-            self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=name != TUTORIAL)
+        self.optimizer = self.make_optimizer()
         self.model.train()
 
-    def build(self) -> None:
-        lora: dict[str, Any] = {
-            "task_type": "SEQ_CLS",
-            "r": 2,
-            "lora_alpha": 16,
-            "lora_dropout": 0.1,
-            "target_modules": ["q_lin", "v_lin"],
-        }
-        self.model: Any
-        self.tokenizer: Any
-        if self.name == OURS:
-            import torch
+    def build(self, folder: Path) -> Any:
+        raise NotImplementedError
 
-            from data import tokenize
-            from evaluate import Forward
-            from lora import LoraConfig, get_peft_model
-            from machine import cast_frozen_matrices
-            from model import load_pretrained
-
-            base, self.tokenizer = load_pretrained(str(self.folder), self.num_labels)
-            self.texts = tokenize(self.tokenizer, self.train.texts, self.max_length)
-            self.lengths = self.texts.lengths
-            self.model = get_peft_model(base, LoraConfig(**lora))
-            cast_frozen_matrices(self.model, self.dtype)
-            self.forward = Forward(self.model, torch.device("cpu"), self.dtype)
-        else:
-            import numpy as np
-            import peft
-            import transformers
-
-            transformers.logging.set_verbosity_error()
-            transformers.utils.logging.disable_progress_bar()
-            attention = "eager" if self.name == TUNED else "sdpa"
-            base = transformers.AutoModelForSequenceClassification.from_pretrained(
-                self.folder, num_labels=self.num_labels, attn_implementation=attention
-            )
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.folder)
-            self.ids = self.tokenizer(self.train.texts, truncation=True, max_length=self.max_length)["input_ids"]
-            self.lengths = np.array([len(ids) for ids in self.ids])
-            self.model = peft.get_peft_model(base, peft.LoraConfig(**lora))
-            for parameter in self.model.parameters():
-                if not parameter.requires_grad:
-                    parameter.data = parameter.data.to(self.dtype)
+    def make_optimizer(self) -> Any:
+        raise NotImplementedError
 
     def logits(self, batch: Any) -> Any:
-        if self.name == OURS:
-            return self.forward(self.texts, batch)
-        import torch
+        raise NotImplementedError
 
-        inputs = self.tokenizer.pad({"input_ids": [self.ids[i] for i in batch]}, return_tensors="pt")
-        with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
-            return self.model(**inputs).logits.float()
+    def labeller(self) -> Callable[[list[str]], Any]:
+        """Texts -> scores, tokenising included, the adapter merged."""
+        raise NotImplementedError
 
     def step(self, batch: Any) -> None:
         import torch
         import torch.nn.functional as F
 
-        from data import micro_batches
-        from evaluate import TOKENS
-
-        for part in micro_batches(self.lengths, batch, TOKENS) if self.name in (OURS, TUNED) else [batch]:
+        for part in split(self.lengths, batch) if self.parts else [batch]:
             labels = torch.from_numpy(self.train.labels[part])
             (F.cross_entropy(self.logits(part), labels, reduction="sum") / len(batch)).backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -127,40 +80,146 @@ class Side:
         self.optimizer.zero_grad()
 
 
-def labeller(side: Side) -> Callable[[list[str]], Any]:
-    """From a trained side: texts -> scores, tokenising included, the adapter merged."""
-    import numpy as np
-    import torch
+class PlainLora(Side):
+    """As train.py does: frozen weights in bfloat16, batches of similar length, at most 1,024 tokens at a time."""
 
-    merged = side.model.merge_and_unload().eval()
-    if side.name == OURS:
+    parts = True
+
+    def build(self, folder: Path) -> Any:
+        import torch
+
+        from data import tokenize
+        from evaluate import Forward
+        from lora import LoraConfig, get_peft_model
+        from machine import cast_frozen_matrices
+        from model import load_pretrained
+
+        base, self.tokenizer = load_pretrained(str(folder), self.num_labels)
+        self.texts = tokenize(self.tokenizer, self.train.texts, self.max_length)
+        self.lengths = self.texts.lengths
+        model = get_peft_model(base, LoraConfig(**LORA))
+        cast_frozen_matrices(model, self.dtype)
+        self.forward = Forward(model, torch.device("cpu"), self.dtype)
+        return model
+
+    def make_optimizer(self) -> Any:
+        from optimizer import AdamW
+
+        return AdamW([{"params": self.parameters, "lr": 1e-4}], weight_decay=0.01)
+
+    def logits(self, batch: Any) -> Any:
+        return self.forward(self.texts, batch)
+
+    def labeller(self) -> Callable[[list[str]], Any]:
+        import torch
+
         from evaluate import Forward
         from predict import label
 
-        names = [str(i) for i in range(side.num_labels)]
-        forward = Forward(merged, torch.device("cpu"), side.dtype)
+        names = [str(i) for i in range(self.num_labels)]
+        forward = Forward(self.model.merge_and_unload(), torch.device("cpu"), self.dtype)
         return lambda texts: [
-            list(answer["scores"].values()) for answer in label(forward, side.tokenizer, names, texts, side.max_length)
+            list(answer["scores"].values()) for answer in label(forward, self.tokenizer, names, texts, self.max_length)
         ]
-    if side.name == TUTORIAL:
+
+
+class Bfloat16(Side):
+    """transformers + peft, frozen weights in bfloat16 under autocast, fused AdamW, whole batches of similar length, as Trainer
+    makes them with group_by_length, and the default attention, 'sdpa'; inference merged, in bfloat16, sorted."""
+
+    attention = "sdpa"
+    fused = True
+
+    def build(self, folder: Path) -> Any:
+        import numpy as np
+        import peft
         import transformers
 
-        pipeline = transformers.pipeline("text-classification", model=merged, tokenizer=side.tokenizer, top_k=None)
-        return lambda texts: pipeline(texts, batch_size=32, truncation=True, max_length=side.max_length)
+        transformers.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        base = transformers.AutoModelForSequenceClassification.from_pretrained(
+            folder, num_labels=self.num_labels, attn_implementation=self.attention
+        )
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        self.ids = self.tokenizer(self.train.texts, truncation=True, max_length=self.max_length)["input_ids"]
+        self.lengths = np.array([len(ids) for ids in self.ids])
+        model = peft.get_peft_model(base, peft.LoraConfig(**LORA))
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(self.dtype)
+        return model
 
-    merged.to(side.dtype)
+    def make_optimizer(self) -> Any:
+        import torch
 
-    def label_sorted(texts: list[str]) -> Any:
-        ids = side.tokenizer(texts, truncation=True, max_length=side.max_length)["input_ids"]
-        order = np.argsort([len(row) for row in ids], kind="stable")
-        scores = torch.empty(len(texts), side.num_labels)
-        with torch.inference_mode():
-            for part in np.array_split(order, math.ceil(len(order) / 32)):
-                inputs = side.tokenizer.pad({"input_ids": [ids[i] for i in part]}, return_tensors="pt")
-                scores[part] = merged(**inputs).logits.float().softmax(dim=-1)
-        return scores
+        return torch.optim.AdamW(self.parameters, lr=1e-4, fused=self.fused)
 
-    return label_sorted
+    def logits(self, batch: Any) -> Any:
+        import torch
+
+        inputs = self.tokenizer.pad({"input_ids": [self.ids[i] for i in batch]}, return_tensors="pt")
+        with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
+            return self.model(**inputs).logits.float()
+
+    def labeller(self) -> Callable[[list[str]], Any]:
+        import numpy as np
+        import torch
+
+        merged = self.model.merge_and_unload().eval().to(self.dtype)
+
+        def label(texts: list[str]) -> Any:
+            ids = self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
+            order = np.argsort([len(row) for row in ids], kind="stable")
+            scores = torch.empty(len(texts), self.num_labels)
+            with torch.inference_mode():
+                for part in np.array_split(order, math.ceil(len(order) / 32)):
+                    inputs = self.tokenizer.pad({"input_ids": [ids[i] for i in part]}, return_tensors="pt")
+                    scores[part] = merged(**inputs).logits.float().softmax(dim=-1)
+            return scores
+
+        return label
+
+
+class Tuned(Bfloat16):
+    """The same with what this project found: its parts of a batch, its bound on oneDNN's caches, and attention 'eager', which
+    with dropout is faster on a CPU."""
+
+    attention = "eager"
+    parts = True
+
+
+class Tutorial(Bfloat16):
+    """transformers + peft in float32, shuffled, padded to the longest of the batch; inference by pipeline, merged."""
+
+    fused = False
+
+    def build(self, folder: Path) -> Any:
+        import torch
+
+        self.dtype = torch.float32
+        return super().build(folder)
+
+    def labeller(self) -> Callable[[list[str]], Any]:
+        import transformers
+
+        merged = self.model.merge_and_unload().eval()
+        pipeline = transformers.pipeline("text-classification", model=merged, tokenizer=self.tokenizer, top_k=None)
+        return lambda texts: pipeline(texts, batch_size=32, truncation=True, max_length=self.max_length)
+
+
+SIDES: dict[str, type[Side]] = {
+    OURS: PlainLora,
+    "peft, tuned": Tuned,
+    "peft, bfloat16": Bfloat16,
+    TUTORIAL: Tutorial,
+}
+
+
+def split(lengths: Any, batch: Any) -> list[Any]:
+    from data import micro_batches
+    from evaluate import TOKENS  # which imports fast.py, and with it the bound on oneDNN's caches
+
+    return micro_batches(lengths, batch, TOKENS)
 
 
 class GemmRate:
@@ -219,10 +278,9 @@ def spread(batches: list[Any], lengths: Any, count: int) -> list[Any]:
 def compare(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
 
-    from data import load_dataset, micro_batches, training_batches
-    from evaluate import TOKENS
+    from data import load_dataset, training_batches
 
-    sides = {name: Side(name, folder, options.dataset, options.max_length) for name in SIDES}
+    sides = {name: side(folder, options.dataset, options.max_length) for name, side in SIDES.items()}
     lengths = sides[OURS].lengths
     alike = spread(training_batches(lengths, options.batch_size, seed=0, epoch=0), lengths, 1 + options.batches)
     shuffled = np.array_split(np.random.default_rng(0).permutation(len(lengths)), math.ceil(len(lengths) / options.batch_size))
@@ -240,7 +298,7 @@ def compare(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
                 seconds[name].append(time.perf_counter() - start)
                 examples[name] += len(batch)
         if number:
-            sizes = [len(part) * int(lengths[part].max()) for part in micro_batches(lengths, alike[number], TOKENS)]
+            sizes = [len(part) * int(lengths[part].max()) for part in split(lengths, alike[number])]
             tokens += sum(sizes)
             gemm.measure(max(sizes))
             print(f"batch {number}", *(f"{seconds[name][-1]:.2f} s" for name in SIDES), file=sys.stderr)
@@ -252,7 +310,7 @@ def compare(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     }
 
     texts = load_dataset(options.dataset).test.texts[: options.texts]
-    labellers = {name: labeller(side) for name, side in sides.items()}
+    labellers = {name: side.labeller() for name, side in sides.items()}
     labelled: dict[str, list[float]] = {name: [] for name in labellers}
     for number in range(1 + options.rounds):
         for name, label in labellers.items():
@@ -278,7 +336,7 @@ def measure_alone(what: str, name: str, folder: Path, options: argparse.Namespac
 def measure(options: argparse.Namespace) -> None:
     import torch
 
-    side = Side(options.side, options.checkpoint, options.dataset, options.max_length)
+    side = SIDES[options.side](options.checkpoint, options.dataset, options.max_length)
     if options.measure == "memory":
         from data import training_batches
         from machine import peak_memory_mb
@@ -340,7 +398,8 @@ def main() -> None:
 
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
     machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-    about = {"settings": SIDES, "versions": versions, "machine": machine}
+    settings = {name: " ".join((side.__doc__ or "").split()) for name, side in SIDES.items()}
+    about = {"settings": settings, "versions": versions, "machine": machine}
     about["options"] = {
         key: value for key, value in vars(options).items() if key not in ("measure", "side", "checkpoint", "output")
     }
