@@ -12,8 +12,17 @@ class UserError(ValueError):
     """
 
 
+class Stopped(Exception):
+    """A signal ended the program; the command line prints the message and exits with 128 + the signal's number."""
+
+    def __init__(self, message: str, signal: int):
+        super().__init__(message)
+        self.signal = signal
+
+
 def exit_status(program: str, run: Callable[[], object]) -> int:
-    """Run a program: 0 if it ends well, 2 and one line on standard error if the user must mend something, 130 after Ctrl-C."""
+    """Run a program. Its status: 0 if it ends well, 2 with one line on standard error if the user must mend something, and
+    128 + n if signal n ended it."""
     try:
         run()
         sys.stdout.flush()
@@ -24,6 +33,9 @@ def exit_status(program: str, run: Callable[[], object]) -> int:
     except UserError as error:
         print(f"{program}:", " ".join(str(error).splitlines()), file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        print(f"{program}: {stopped}", file=sys.stderr)
+        return 128 + stopped.signal
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return 130

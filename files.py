@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from errors import UserError
@@ -124,6 +124,15 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} is not a whole safetensors file ({error}): fetch or write it again") from error
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The strings in the header of a safetensors file. Raises UserError if it is not whole."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is not a whole safetensors file ({error})") from error
+
+
 @contextlib.contextmanager
 def new_folder(folder: Path | str) -> Iterator[Path]:
     """Within the block, a temporary sibling to fill; after it, flushed to disk and renamed to `folder`, which must be new
@@ -142,8 +151,8 @@ def new_folder(folder: Path | str) -> Iterator[Path]:
             _flush(path)
         os.replace(temporary, folder)
         _flush(folder.parent)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder} cannot be written: {getattr(error, 'strerror', None) or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -172,6 +181,14 @@ def write_file(path: Path, content: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):  # it was renamed, or there is no folder for it
             temporary.unlink()
+
+
+def append_line(path: Path, line: str) -> None:
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def _flush(path: Path) -> None:

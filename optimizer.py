@@ -16,22 +16,28 @@ class AdamW:
     def __init__(self, groups: list[dict[str, Any]], weight_decay: float):
         self.param_groups, self.weight_decay = groups, weight_decay
         self.parameters: list[nn.Parameter] = [parameter for group in groups for parameter in group["params"]]
-        self.step_of = {parameter: torch.zeros((), device=parameter.device) for parameter in self.parameters}
-        self.mean_of = {parameter: torch.zeros_like(parameter) for parameter in self.parameters}  # of the gradient: m
-        self.square_of = {parameter: torch.zeros_like(parameter) for parameter in self.parameters}  # of its square: v
+        self.state = {
+            parameter: {
+                "step": torch.zeros((), device=parameter.device),
+                "mean": torch.zeros_like(parameter, requires_grad=False),  # of the gradient: m
+                "square": torch.zeros_like(parameter, requires_grad=False),  # of its square: v
+            }
+            for parameter in self.parameters
+        }
 
     @torch.no_grad()
     def step(self) -> None:
         """One step, in one kernel for all parameters of a group (fused), which waits for nothing on a GPU."""
         for group in self.param_groups:
             having = [parameter for parameter in group["params"] if parameter.grad is not None]
+            states = [self.state[parameter] for parameter in having]
             adamw(
                 having,
                 [parameter.grad for parameter in having],
-                [self.mean_of[parameter] for parameter in having],
-                [self.square_of[parameter] for parameter in having],
+                [state["mean"] for state in states],
+                [state["square"] for state in states],
                 [],
-                [self.step_of[parameter] for parameter in having],
+                [state["step"] for state in states],
                 fused=True,
                 amsgrad=False,
                 beta1=0.9,

@@ -47,18 +47,24 @@ class Options:
     warmup: float = option(0.1, "share of the steps in which the learning rate rises; then it falls to 0, both linearly")
     max_length: int = option(256, "tokens of a text that are read")
     seed: int = option(0, "of the head, the adapters, the order of examples and dropout")
+    resume: str | None = option(None, "go on with the run in this folder, which was stopped; its options are taken from there")
+    checkpoint_every: int | None = option(
+        None, "steps from one checkpoint to the next [every 30 seconds, or rarer: they take 1 % of the time at most]"
+    )
     output_dir: str | None = option(None, "folder for the results, new or empty [runs/ and a name of its own]")
     merged_output: str | None = option(None, "folder for the merged model as well, as transformers loads it")
     dtype: str = option("auto", "of the frozen weights and the arithmetic: auto (bfloat16 where it is fast), float32, bfloat16")
     device: str = option("auto", "auto (the best there is), cpu, cuda, mps")
 
     def __post_init__(self) -> None:
+        self.target_modules = tuple(self.target_modules)
         for name, least in [
             ("train_limit", 1),
             ("test_limit", 1),
             ("epochs", 1),
             ("batch_size", 1),
             ("max_length", 3),
+            ("checkpoint_every", 1),
             ("seed", 0),
         ]:
             value = getattr(self, name)
@@ -103,12 +109,12 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def parse(arguments: list[str] | None, description: str | None) -> Options:
-    """The command line made from Options: each field is a flag. Raises UserError for what is no option."""
+def parse(arguments: list[str] | None, description: str | None) -> dict[str, Any]:
+    """The options that were typed, each a field of Options. Raises UserError for what is none."""
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for item in dataclasses.fields(Options):
         if item.type is bool:
-            parser.add_argument(flag(item.name), action="store_true", help=item.metadata["help"])
+            parser.add_argument(flag(item.name), action="store_true", default=argparse.SUPPRESS, help=item.metadata["help"])
             continue
         several = isinstance(item.default, tuple)
         kind = next(kind for kind in (int, float, str) if kind in (item.type, *typing.get_args(item.type)))
@@ -117,8 +123,8 @@ def parse(arguments: list[str] | None, description: str | None) -> Options:
             flag(item.name),
             type=kind,
             nargs="+" if several else None,
-            default=item.default,
+            default=argparse.SUPPRESS,
             metavar=kind.__name__.upper(),
             help=item.metadata["help"] + ("" if shown is None else f" [{shown}]"),
         )
-    return Options(**vars(parser.parse_args(arguments)))
+    return vars(parser.parse_args(arguments))

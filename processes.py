@@ -8,7 +8,7 @@ batch's size; the sum over the processes is the gradient of the batch. So all th
 import os
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -56,14 +56,13 @@ class Processes:
         with answer_expected():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=LOADING)
 
-    def agree(self, loaded: Callable[[], dict[str, Any]]) -> None:
+    def agree(self, mine: dict[str, Any]) -> None:
         """Wait until all have loaded, and see to it that they have loaded the same. From here on nobody is waited for long.
 
-        Raises UserError if an entry of what `loaded` returns differs between processes, by the entry's name.
+        Raises UserError if an entry of `mine` differs between processes, by the entry's name.
         """
         if self.world == 1:
             return
-        mine = loaded()
         checksums = torch.tensor([zlib.crc32(repr(value).encode()) for value in mine.values()], device=self.device)
         everybodys = [torch.empty_like(checksums) for _ in range(self.world)]
         with answer_expected():
@@ -85,11 +84,16 @@ class Processes:
                 dist.all_reduce(tensor, group=self.group)
         return tensor
 
-    def sum_gradients(self, parameters: Iterable[nn.Parameter], loss: Tensor) -> None:
-        """Make every gradient, and `loss`, the sum over the processes, in one message; no gradient counts as zero."""
+    def sum_gradients(self, parameters: Iterable[nn.Parameter], loss: Tensor, signal: int) -> Tensor:
+        """Make every gradient, and `loss`, the sum over the processes, in one message; no gradient counts as zero.
+
+        Returns () the signal that reached any of them (0: none), so that all stop after the same step.
+        """
         if self.world == 1:
-            return
-        parts = [loss]
+            return torch.tensor(signal)
+        signals = torch.zeros(self.world, device=self.device)
+        signals[self.rank] = signal
+        parts = [loss, signals]
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -97,6 +101,7 @@ class Processes:
         message = self.sum(torch.cat([part.flatten() for part in parts]))
         for part, summed in zip(parts, message.split([part.numel() for part in parts]), strict=True):
             part.copy_(summed.view_as(part))
+        return signals.max()
 
     def leave(self) -> None:
         if self.world > 1:

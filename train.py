@@ -3,6 +3,7 @@
 python train.py                                          distilbert-base-uncased on ag_news, r = 2 on q_lin and v_lin
 python train.py --model minilm --dataset sample          the same on the embedded encoder and corpus, without a network
 python train.py --dataset my/folder                      your own train and test, as .jsonl or .csv (see data/datasets.py)
+python train.py --resume runs/2026-11-24-103855          go on with a run that was stopped, whatever stopped it
 python train.py --help                                   every option
 
 torchrun --nproc-per-node 4 train.py                     on the four GPUs of one machine, or with four processes on its cores
@@ -11,15 +12,14 @@ torchrun --nnodes 2 --node-rank 0 --nproc-per-node 4 --master-addr HOST --master
 """
 
 import dataclasses
-import functools
 import io
+import itertools
 import json
 import math
-import os
+import shutil
 import sys
 import time
-import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -31,43 +31,47 @@ from tokenizers import Tokenizer
 from torch import nn
 from tqdm import tqdm
 
+from checkpoint import FOLDER as CHECKPOINTS
+from checkpoint import Checkpoint, Checkpoints, Signals, fingerprint, read_newest
 from data import TokenizedTexts, evaluation_batches, load_dataset, micro_batches, tokenize, training_batches
 from errors import UserError, exit_status
 from evaluate import Forward, evaluate, f1_per_class, macro_f1, progress, scores
-from files import HubUnreachable, new_folder, refuse_to_overwrite, write_file
+from files import HubUnreachable, append_line, new_folder, refuse_to_overwrite, write_file
 from lora import PeftModel, get_peft_model
 from machine import cast_frozen_matrices, choose_device, choose_dtype, peak_memory_mb
 from model import DistilBertForSequenceClassification, load_pretrained, save_pretrained
 from optimizer import AdamW
-from options import DEFAULT_DATASET, DEFAULT_MODEL, EMBEDDED_DATASET, EMBEDDED_MODEL, Options, flag, parse
+from options import DEFAULT_DATASET, DEFAULT_MODEL, EMBEDDED_DATASET, EMBEDDED_MODEL, Options, parse
 from processes import Processes
 
 LOG_EVERY = 10  # steps
-RUN_FILES = ("metrics.jsonl", "results.json", "adapter")  # of a run's folder
+RUN_FILES = ("metrics.jsonl", "results.json", "adapter", CHECKPOINTS)  # of a run's folder
 
 
-def run(options: Options) -> dict[str, Any]:
-    """The experiment. Returns what it writes into results.json."""
+def run(options: Options, saved: Checkpoint | None = None) -> dict[str, Any]:
+    """The experiment, from its beginning or from a checkpoint. Returns what it writes into results.json."""
     processes = Processes()
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
     config = options.lora_config()
-    output_dir = Path(f"runs/{datetime.now():%Y-%m-%d-%H%M%S}" if options.output_dir is None else options.output_dir)
+    output_dir = saved.run if saved else Path(options.output_dir or f"runs/{datetime.now():%Y-%m-%d-%H%M%S}")
     if processes.first:
-        check_folders(output_dir, options.merged_output)
+        check_folders(output_dir, options.merged_output, new=saved is None)
     processes.join(device)
 
     # Data and model: what was asked for, or, where nothing was and there is no hub, what is embedded.
-    dataset, dataset_name, data_notice = load_or_step_in(load_dataset, options.dataset, DEFAULT_DATASET, EMBEDDED_DATASET)
+    asked_data, asked_model = (saved.dataset, saved.model) if saved else (options.dataset, options.model)
+    dataset, dataset_name, data_notice = load_or_step_in(load_dataset, asked_data, DEFAULT_DATASET, EMBEDDED_DATASET)
     names = dataset.label_names
-    asked = DEFAULT_MODEL if options.model is None and options.revision is not None else options.model
+    if asked_model is None and options.revision is not None:
+        asked_model = DEFAULT_MODEL
 
     def load_base(name: str) -> tuple[DistilBertForSequenceClassification, Tokenizer]:
         return load_pretrained(name, len(names), options.revision)
 
     torch.manual_seed(options.seed)  # the head starts at random
-    (base, tokenizer), model_name, model_notice = load_or_step_in(load_base, asked, DEFAULT_MODEL, EMBEDDED_MODEL)
-    notice = "\n".join(filter(None, [model_notice, data_notice]))
+    (base, tokenizer), model_name, model_notice = load_or_step_in(load_base, asked_model, DEFAULT_MODEL, EMBEDDED_MODEL)
+    notice = saved.notice if saved else "\n".join(filter(None, [model_notice, data_notice]))
     if notice:
         print(notice)
     if options.max_length > base.config.max_position_embeddings:
@@ -86,66 +90,102 @@ def run(options: Options) -> dict[str, Any]:
     model = get_peft_model(base, config)
     model.print_trainable_parameters()
     trainable, total = model.get_nb_trainable_parameters()
-    processes.agree(lambda: fingerprint(options, dtype, model, [train_texts.ids, train_split.labels, test_texts.ids]))
+    loaded = fingerprint(options, dtype, model, [train_texts.ids, train_split.labels, test_texts.ids, test_split.labels])
+    if saved:
+        saved.refuse_changes(processes.world, loaded)
+    processes.agree(loaded)
     cast_frozen_matrices(model.to(device), dtype)
     forward = Forward(model, device, dtype)
 
     # Evaluate, train, evaluate.
-    log = make_folder(output_dir) / "metrics.jsonl" if processes.first else Path(os.devnull)
-    before = evaluate(forward, test_texts, test_split.labels, len(names), processes, "before")
-    print(f"macro-F1 before training: {macro_f1(before):.4f}")
-    trained = train(forward, train_texts, train_split.labels, options, processes, log)
-    after = evaluate(forward, test_texts, test_split.labels, len(names), processes, "after")
-    print(f"macro-F1 after training:  {macro_f1(after):.4f}")
-    for name, f1 in zip(names, f1_per_class(after), strict=True):
-        print(f"  F1 of {name:<20} {f1:.4f}")
-    processes.leave()
+    def score(what: str) -> np.ndarray:
+        return evaluate(forward, test_texts, test_split.labels, len(names), processes, what)
 
-    # Keep the result.
-    results = {
-        "model": model_name,
-        "dataset": dataset_name,
-        "embedded": bool(notice),
-        "seed": options.seed,
-        "device": device.type,
-        "dtype": str(dtype).removeprefix("torch."),
-        "processes": processes.world,
-        "options": dataclasses.asdict(options),
-        "parameters": {"trainable": trainable, "all": total, "percent": round(100 * trainable / total, 4)},
-        "before": scores(before, names),
-        "after": scores(after, names),
-        "train": trained | {"peak_memory_mb": peak_memory_mb(device)},
-    }
-    if not processes.first:
-        return results
-    write_file(output_dir / "results.json", json.dumps(results, indent=2).encode() + b"\n")
-    longest = evaluation_batches(test_texts.lengths, forward.tokens)[-1]
-    with new_folder(output_dir / "adapter") as adapter:
-        model.save_pretrained(adapter)
-        tokenizer.save(str(adapter / "tokenizer.json"))
-        (adapter / "label_names.json").write_text(json.dumps(names) + "\n", encoding="utf-8")
-        again = PeftModel.from_pretrained(load_base(model_name)[0], adapter).to(device)
-        cast_frozen_matrices(again, dtype)
-        with torch.inference_mode():
-            logits = forward(test_texts, longest)
-            difference = (Forward(again, device, dtype)(test_texts, longest) - logits).abs().max().item()
-        if difference > 0.01 * logits.abs().max():  # of equal weights, some processors compute sums in another order
-            raise AssertionError(f"the saved adapter gives logits that differ by {difference}")
+    with Signals(output_dir) as signals:
+        if processes.first:
+            make_folder(output_dir)
+        before = np.array(saved.before) if saved else score("before")
+        print(f"macro-F1 before training: {macro_f1(before):.4f}")
+        about = {
+            "options": dataclasses.asdict(options),
+            "model": model_name,
+            "dataset": dataset_name,
+            "notice": notice,
+            "processes": processes.world,
+            "fingerprint": loaded,
+            "before": before.tolist(),
+        }
+        checkpoints = Checkpoints(output_dir, options.checkpoint_every, about, write=processes.first)
+        trained = train(forward, train_texts, train_split.labels, options, processes, signals, checkpoints, saved)
+        after = score("after")
+        print(f"macro-F1 after training:  {macro_f1(after):.4f}")
+        for name, f1 in zip(names, f1_per_class(after), strict=True):
+            print(f"  F1 of {name:<20} {f1:.4f}")
+        processes.leave()
+
+        # Keep the result; results.json is written last, and says that the run has ended.
+        results = {
+            "model": model_name,
+            "dataset": dataset_name,
+            "embedded": bool(notice),
+            "seed": options.seed,
+            "device": device.type,
+            "dtype": str(dtype).removeprefix("torch."),
+            "processes": processes.world,
+            "options": dataclasses.asdict(options),
+            "parameters": {"trainable": trainable, "all": total, "percent": round(100 * trainable / total, 4)},
+            "before": scores(before, names),
+            "after": scores(after, names),
+            "train": trained | {"peak_memory_mb": peak_memory_mb(device)},
+        }
+        if not processes.first:
+            return results
+        fresh = load_base(model_name)[0]
+        difference = save_adapter(output_dir / "adapter", model, tokenizer, names, forward, test_texts, fresh)
+        if options.merged_output is not None:
+            merged = load_base(model_name)[0]  # in float32, of which a merge costs no more than rounding
+            PeftModel.from_pretrained(merged, output_dir / "adapter").merge_and_unload()
+            save_pretrained(merged, tokenizer, options.merged_output, names)
+        write_file(output_dir / "results.json", json.dumps(results, indent=2).encode() + b"\n")
+        shutil.rmtree(output_dir / CHECKPOINTS, ignore_errors=True)
     equal = "equal logits" if difference == 0 else f"logits equal to {difference:.0e}"
     print(f"saved {output_dir}/results.json, metrics.jsonl and adapter (loaded again onto a fresh base: {equal})")
     if options.merged_output is not None:
-        merged = load_base(model_name)[0]  # in float32, of which a merge costs no more than rounding
-        PeftModel.from_pretrained(merged, output_dir / "adapter").merge_and_unload()
-        save_pretrained(merged, tokenizer, options.merged_output, names)
         print(f"saved {options.merged_output}, the merged model")
     if notice:
         print(notice)
     return results
 
 
-def check_folders(output_dir: Path, merged_output: str | None) -> None:
+def save_adapter(
+    folder: Path,
+    model: PeftModel,
+    tokenizer: Tokenizer,
+    names: list[str],
+    forward: Forward,
+    texts: TokenizedTexts,
+    base: nn.Module,
+) -> float:
+    """Write the adapter's folder and load it again onto a fresh `base`. Returns by how much logits of `texts` differ then."""
+    longest = evaluation_batches(texts.lengths, forward.tokens)[-1]
+    with new_folder(folder) as adapter:
+        model.save_pretrained(adapter)
+        (adapter / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+        (adapter / "label_names.json").write_text(json.dumps(names) + "\n", encoding="utf-8")
+        again = PeftModel.from_pretrained(base, adapter).to(forward.device)
+        cast_frozen_matrices(again, forward.dtype)
+        with torch.inference_mode():
+            logits = forward(texts, longest)
+            difference = (Forward(again, forward.device, forward.dtype)(texts, longest) - logits).abs().max().item()
+        if difference > 0.01 * logits.abs().max():  # of equal weights, some processors compute sums in another order
+            raise AssertionError(f"the saved adapter gives logits that differ by {difference}")
+    return difference
+
+
+def check_folders(output_dir: Path, merged_output: str | None, new: bool) -> None:
     """Raises UserError if the results would overwrite something, or each other."""
-    refuse_to_overwrite(output_dir)
+    if new:
+        refuse_to_overwrite(output_dir)
     if merged_output is not None:
         merged_dir, run_dir = Path(merged_output).resolve(), output_dir.resolve()
         refuse_to_overwrite(merged_dir)
@@ -165,74 +205,102 @@ def load_or_step_in(load: Callable[[str], Any], asked: str | None, default: str,
     return load(embedded), embedded, notice
 
 
-def fingerprint(options: Options, dtype: torch.dtype, model: nn.Module, data: list[np.ndarray]) -> dict[str, Any]:
-    """What must be equal in all processes: the options, but for the folders that the first writes, and what was loaded."""
-    weights = [parameter.detach().numpy() for parameter in model.parameters()]
-    given = dataclasses.asdict(options) | {"dtype": dtype, "output_dir": None, "merged_output": None}
-    return {flag(name): value for name, value in given.items()} | {
-        "the model": checksum(weights),
-        "the data": checksum(data),
-    }
-
-
-def checksum(arrays: Iterable[np.ndarray]) -> int:
-    return functools.reduce(lambda value, array: zlib.crc32(array.data, value), arrays, 0)
-
-
 def train(
-    forward: Forward, texts: TokenizedTexts, labels: np.ndarray, options: Options, processes: Processes, log: Path
+    forward: Forward,
+    texts: TokenizedTexts,
+    labels: np.ndarray,
+    options: Options,
+    processes: Processes,
+    signals: Signals,
+    checkpoints: Checkpoints,
+    saved: Checkpoint | None,
 ) -> dict[str, Any]:
-    """The loop: AdamW on what is trainable, one line of metrics every LOG_EVERY steps. Returns what it measured."""
-    device = forward.device
-    groups = parameter_groups(forward.model, options.learning_rate, options.loraplus_lr_ratio)
-    optimizer = AdamW(groups, options.weight_decay)
-    examples = options.epochs * len(labels)
-    steps = options.epochs * math.ceil(len(labels) / options.batch_size)
-    step, done, losses = 0, 0, []
-    forward.model.train()
-    start = time.perf_counter()
-    with open(log, "w") as metrics, progress(examples, "train", quiet=not processes.first) as bar:
-        for epoch in range(options.epochs):
-            for batch in training_batches(texts.lengths, options.batch_size, options.seed, epoch):
-                step += 1
-                share = schedule(step, steps, options.warmup)
-                for group in optimizer.param_groups:
-                    group["lr"] = share * group["highest_lr"]
+    """The loop: AdamW on what is trainable, one line of metrics every LOG_EVERY steps. Returns what it measured.
 
-                torch.manual_seed(random_seed(options.seed, step, processes.rank))  # of dropout
-                loss = torch.zeros((), device=device)
-                for part in micro_batches(texts.lengths, processes.share(batch), forward.tokens):
-                    logits, target = forward(texts, part), forward.move(torch.from_numpy(labels[part]))
-                    part_of_loss = F.cross_entropy(logits, target, reduction="sum") / len(batch)
-                    part_of_loss.backward()
-                    loss += part_of_loss.detach()
-                processes.sum_gradients(optimizer.parameters, loss)
-                norm = nn.utils.clip_grad_norm_(optimizer.parameters, max_norm=1.0)
-                optimizer.step()
-                optimizer.zero_grad()
+    It goes on from `saved`, if there is one. Raises UserError if a loss or gradient is not finite, and Stopped after a signal.
+    """
+    device, model = forward.device, forward.model
+    optimizer = AdamW(parameter_groups(model, options.learning_rate, options.loraplus_lr_ratio), options.weight_decay)
+    steps_of_epoch = math.ceil(len(labels) / options.batch_size)
+    examples, steps = options.epochs * len(labels), options.epochs * steps_of_epoch
+    first, seconds_before, losses = (saved.step, saved.seconds, saved.losses) if saved else (0, 0.0, [])
+    if saved:
+        saved.restore(model, optimizer)
+        print(f"going on after step {first} of {steps}")
+    checkpoints.clean(first)
+    model.train()
+    start = time.perf_counter() - seconds_before
+    recent: list[tuple[int, np.ndarray, torch.Tensor]] = []  # steps of which nobody has looked at loss and gradient norm yet
 
-                losses.append(loss)
-                done += len(batch)
-                bar.update(len(batch))
-                if step % LOG_EVERY == 0 or step == steps:
-                    mean = torch.stack(losses).mean().item()
-                    losses = []
-                    if not math.isfinite(mean):
-                        raise UserError(f"the loss is {mean} at step {step}: try a smaller --learning-rate, or --dtype float32")
-                    seconds = time.perf_counter() - start
-                    bar.set_postfix(loss=f"{mean:.3f}")
-                    line = {
-                        "step": step,
-                        "epoch": epoch,
-                        "loss": mean,
-                        "learning_rate": share * options.learning_rate,
-                        "gradient_norm": norm.item(),
-                        "examples_per_second": done / seconds,
-                    }
-                    metrics.write(json.dumps(line) + "\n")
-                    metrics.flush()
-                    if step == LOG_EVERY:
-                        warn_of_a_long_run(bar, seconds / done, examples)
+    def examples_until(step: int) -> int:
+        epoch, step = divmod(step, steps_of_epoch)
+        return epoch * len(labels) + min(step * options.batch_size, len(labels))
+
+    def look() -> None:
+        """Wait for the device, and see that the steps since the last look can be trusted."""
+        for step, batch, loss_and_norm in recent:
+            loss, norm = loss_and_norm.tolist()
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise UserError(not_finite(step, batch, loss, norm, options))
+            losses.append(loss)
+        recent.clear()
+
+    def save(step: int) -> None:
+        look()
+        checkpoints.save(step, model, optimizer, time.perf_counter() - start, losses)
+
+    if not saved:
+        save(0)
+    with signals.after_step(), progress(examples, "train", quiet=not processes.first) as bar:
+        bar.update(examples_until(first))
+        batches = (
+            (epoch, batch)
+            for epoch in range(options.epochs)
+            for batch in training_batches(texts.lengths, options.batch_size, options.seed, epoch)
+        )
+        for step, (epoch, batch) in enumerate(itertools.islice(batches, first, None), first + 1):
+            share = schedule(step, steps, options.warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = share * group["highest_lr"]
+
+            torch.manual_seed(random_seed(options.seed, step, processes.rank))  # of dropout
+            loss = torch.zeros((), device=device)
+            for part in micro_batches(texts.lengths, processes.share(batch), forward.tokens):
+                logits, target = forward(texts, part), forward.move(torch.from_numpy(labels[part]))
+                part_of_loss = F.cross_entropy(logits, target, reduction="sum") / len(batch)
+                part_of_loss.backward()
+                loss += part_of_loss.detach()
+            stopping = processes.sum_gradients(optimizer.parameters, loss, signals.received)
+            norm = nn.utils.clip_grad_norm_(optimizer.parameters, max_norm=1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+            recent.append((step, batch, torch.stack([loss, norm])))
+            # to ask a GPU, which works on its own, is to wait for it
+            stop = int(stopping) if device.type == "cpu" or step % LOG_EVERY == 0 else 0
+            bar.update(len(batch))
+            if step % LOG_EVERY == 0 or step == steps:
+                look()
+                seconds, done = time.perf_counter() - start, examples_until(step)
+                mean = sum(losses) / len(losses)
+                losses.clear()
+                bar.set_postfix(loss=f"{mean:.3f}")
+                line = {
+                    "step": step,
+                    "epoch": epoch,
+                    "loss": mean,
+                    "learning_rate": share * options.learning_rate,
+                    "gradient_norm": norm.item(),
+                    "examples_per_second": done / seconds,
+                }
+                if processes.first:
+                    append_line(checkpoints.run / "metrics.jsonl", json.dumps(line))
+                if step == LOG_EVERY:
+                    warn_of_a_long_run(bar, seconds / done, examples)
+            if stop or step == steps or checkpoints.due(step):
+                save(step)
+            if stop:
+                signals.stop(stop)
     seconds = time.perf_counter() - start
     return {
         "examples": examples,
@@ -240,6 +308,16 @@ def train(
         "seconds": round(seconds, 3),
         "examples_per_second": round(examples / seconds, 3),
     }
+
+
+def not_finite(step: int, batch: np.ndarray, loss: float, norm: float, options: Options) -> str:
+    what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
+    rows = ", ".join(str(i + 1) for i in sorted(batch.tolist()))
+    return (
+        f"{what} at step {step}, on the training examples {rows} (counted from 1), with --learning-rate "
+        f"{options.learning_rate:g}, --lora-alpha {options.lora_alpha:g}, --r {options.r} and --dtype {options.dtype}: try a "
+        f"smaller --learning-rate, or --dtype float32; the last checkpoint is from before it"
+    )
 
 
 def parameter_groups(model: nn.Module, learning_rate: float, ratio: float) -> list[dict[str, Any]]:
@@ -280,10 +358,18 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
+def start(typed: dict[str, Any]) -> dict[str, Any]:
+    """A run with the options that were typed, or one that goes on with its own."""
+    if "resume" not in typed:
+        return run(Options(**typed))
+    saved = read_newest(Path(typed["resume"]))
+    return run(saved.resume_options(typed), saved)
+
+
 def main(arguments: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # rather than fail at a class name that the console cannot show
-    return exit_status("train.py", lambda: run(parse(arguments, __doc__)))
+    return exit_status("train.py", lambda: start(parse(arguments, __doc__)))
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def save_pretrained(
     with new_folder(folder) as new:
         (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         safetensors.torch.save_file(weights, new / "model.safetensors", metadata={"format": "pt"})
-        tokenizer.save(str(new / "tokenizer.json"))
+        (new / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
         tokenizer_config = {"tokenizer_class": "BertTokenizer", "model_max_length": classifier.config.max_position_embeddings}
         (new / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n")
 

@@ -149,8 +149,9 @@ def test_what_travels_is_the_gradients_of_what_is_trained_and_the_loss(monkeypat
     processes.world = 2
     one, idle = nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(4))
     one.grad, loss = torch.full((2, 3), 0.5), torch.tensor(3.0)
-    processes.sum_gradients([one, idle], loss)
-    assert sent == [6 + 4 + 1]
+    processes.device = torch.device("cpu")
+    assert processes.sum_gradients([one, idle], loss, signal=0) == 0
+    assert sent == [6 + 4 + 1 + 2]  # and whether a signal has reached one of the two
     assert torch.equal(one.grad, torch.ones(2, 3))
     assert torch.equal(idle.grad, torch.zeros(4))
     assert loss.item() == 6.0

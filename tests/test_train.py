@@ -103,8 +103,9 @@ def test_every_option_is_a_flag_with_a_help_text_and_what_is_typed_arrives(capsy
         main(["--help"])
     text = capsys.readouterr().out
     assert all(f"--{name.replace('_', '-')} " in text for name in Options.__dataclass_fields__)
-    assert parse([], None) == Options()
-    typed = parse(["--r", "8", "--target-modules", "k_lin", "q_lin", "--learning-rate", "5e-4", "--model", "./here"], None)
+    assert Options(**parse([], None)) == Options()
+    words = ["--r", "8", "--target-modules", "k_lin", "q_lin", "--learning-rate", "5e-4", "--model", "./here"]
+    typed = Options(**parse(words, None))
     assert (typed.r, list(typed.target_modules), typed.learning_rate, typed.model) == (8, ["k_lin", "q_lin"], 5e-4, "./here")
 
 

@@ -1,0 +1,311 @@
+"""A run that is stopped, by whatever and whenever, goes on and ends with the same adapter, bit for bit."""
+
+import dataclasses
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+
+import checkpoint
+from checkpoint import Checkpoints, newest_first, read_newest
+from errors import UserError
+from model import DistilBertConfig, DistilBertForSequenceClassification, save_pretrained
+from options import Options
+from train import main
+
+ROOT = Path(__file__).parent.parent
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+STEPS = 50  # 200 examples in batches of 8, twice
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, tokenizer_file) -> Path:
+    torch.manual_seed(0)
+    config = DistilBertConfig(dim=32, n_layers=2, n_heads=2, hidden_dim=64, num_labels=4)
+    folder = tmp_path_factory.mktemp("small") / "model"
+    save_pretrained(DistilBertForSequenceClassification(config), Tokenizer.from_file(str(tokenizer_file)), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def words(model) -> list[str]:
+    options = ["--train-limit", "200", "--test-limit", "20", "--batch-size", "8", "--epochs", "2", "--checkpoint-every", "2"]
+    return ["--model", str(model), "--dataset", "sample", "--learning-rate", "3e-3", *options]
+
+
+@pytest.fixture(scope="module")
+def left_alone(words, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("left") / "alone"
+    assert main([*words, "--output-dir", str(folder)]) == 0
+    return folder
+
+
+def start(*arguments: str, processes: int = 1, program: list[str] | None = None, **more) -> subprocess.Popen:
+    launcher = TORCHRUN if processes == 2 else []
+    command = [sys.executable, *launcher, *(program or ["train.py"]), *arguments]
+    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more)
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while process.poll() is None and not any(path.stem >= f"step-{step:08}" for path in newest_first(run)):
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def assert_same_end(run: Path, other: Path) -> None:
+    """The adapter byte for byte, the metrics but for the speed, and nothing left over."""
+    name = "adapter/adapter_model.safetensors"
+    assert (run / name).read_bytes() == (other / name).read_bytes()
+    assert sorted(path.name for path in run.iterdir()) == ["adapter", "metrics.jsonl", "results.json"]
+    metrics = [[json.loads(line) for line in (folder / "metrics.jsonl").open()] for folder in (run, other)]
+    for line in [*metrics[0], *metrics[1]]:
+        del line["examples_per_second"]
+    assert metrics[0] == metrics[1]
+    results = [json.loads((folder / "results.json").read_text()) for folder in (run, other)]
+    assert results[0]["before"] == results[1]["before"]
+    assert results[0]["after"] == results[1]["after"]
+
+
+def kill_and_go_on(words: list[str], run: Path, kills: int, processes: int) -> None:
+    """Start the run, and kill it at random moments, `kills` times, before it is left to end."""
+    rng = random.Random(0)
+    arguments, done = [*words, "--output-dir", str(run)], 0
+    for kill in range(kills):
+        process = start(*arguments, processes=processes, start_new_session=True)
+        done = max([done, *(int(path.stem[5:]) for path in newest_first(run))])
+        wait_for_step(run, min(done + 2 * (1 + kill % 2), STEPS - 2), process)
+        time.sleep(rng.uniform(0, 0.03))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        if (run / "results.json").exists():
+            return
+        arguments = ["--resume", str(run)]
+    process = start(*arguments, processes=processes)
+    assert process.wait(120) == 0, process.stderr.read()
+
+
+def test_a_run_that_is_killed_again_and_again_ends_as_one_left_alone(words, left_alone, tmp_path):
+    kill_and_go_on(words, tmp_path / "run", kills=4, processes=1)
+    assert_same_end(tmp_path / "run", left_alone)
+
+
+@pytest.mark.slow
+def test_twenty_kills(words, left_alone, tmp_path):
+    kill_and_go_on(words, tmp_path / "run", kills=20, processes=1)
+    assert_same_end(tmp_path / "run", left_alone)
+
+
+def test_two_processes_that_are_killed_end_as_two_left_alone(words, tmp_path):
+    kill_and_go_on(words, tmp_path / "alone", kills=0, processes=2)
+    kill_and_go_on(words, tmp_path / "run", kills=1, processes=2)
+    assert_same_end(tmp_path / "run", tmp_path / "alone")
+
+
+@pytest.mark.parametrize("moment", ["half of it is on disk", "it is not renamed yet"])
+def test_a_run_that_is_killed_while_it_writes_a_checkpoint_goes_on_from_the_one_before(moment, words, left_alone, tmp_path):
+    run = tmp_path / "run"
+    program = f"""
+import os, signal, sys
+from pathlib import Path
+import files, train
+
+write_bytes = Path.write_bytes
+def half(path, content):
+    if "step-00000024" in path.name:
+        write_bytes(path, content[:len(content) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+    write_bytes(path, content)
+
+replace = os.replace
+def never(old, new):
+    if "step-00000024" in str(new):
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(old, new)
+
+if {moment!r} == "half of it is on disk":
+    Path.write_bytes = half
+else:
+    os.replace = never
+train.main(sys.argv[1:])
+"""
+    process = start(*words, "--output-dir", str(run), program=["-c", program])
+    assert process.wait(120) == -signal.SIGKILL
+    assert [path.name for path in newest_first(run)] == ["step-00000022.safetensors", "step-00000020.safetensors"]
+    assert list((run / "checkpoints").glob(".*"))
+    assert main(["--resume", str(run)]) == 0
+    assert_same_end(run, left_alone)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_the_step_writes_a_checkpoint_and_says_how_to_go_on(number, status, words, left_alone, tmp_path):
+    run = tmp_path / "run"
+    words = [*words[: words.index("--checkpoint-every")], "--checkpoint-every", "1000"]
+    process = start(*words, "--output-dir", str(run))
+    deadline = time.monotonic() + 60
+    while not ((run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert f"stopped by {number.name}; to go on: --resume {run}" in errors
+    assert "Traceback" not in errors
+    assert read_newest(run).step >= 10  # and not only the one of the start
+    assert main(["--resume", str(run)]) == 0
+    assert_same_end(run, left_alone)
+
+
+def test_two_processes_stop_after_the_same_step(words, tmp_path):
+    run = tmp_path / "run"
+    process = start(*words, "--epochs", "40", "--output-dir", str(run), processes=2)
+    wait_for_step(run, 10, process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert read_newest(run).step >= 10
+
+
+@pytest.fixture(scope="module")
+def killed(words, tmp_path_factory) -> Path:
+    """A run with two checkpoints, of steps 22 and 20, and half of a third."""
+    run = tmp_path_factory.mktemp("killed") / "run"
+    program = "import files, os, sys, train; replace = os.replace\n"
+    program += "os.replace = lambda old, new: os._exit(9) if 'step-00000024' in str(new) else replace(old, new)\n"
+    program += "train.main(sys.argv[1:])"
+    assert start(*words, "--output-dir", str(run), program=["-c", program]).wait(120) == 9
+    return run
+
+
+@pytest.fixture
+def stopped(killed, tmp_path) -> Path:
+    return Path(shutil.copytree(killed, tmp_path / "run"))
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(stopped, left_alone, capsys, tmp_path):
+    newest, other = newest_first(stopped)
+    whole = newest.read_bytes()
+    rng = random.Random(0)
+    for damaged in [b"", whole[:1000], whole[:-1], *(flip(whole, rng.randrange(len(whole))) for _ in range(200))]:
+        newest.write_bytes(damaged)
+        assert read_newest(stopped).path == other
+        assert str(newest) in capsys.readouterr().out
+    assert main(["--resume", str(stopped)]) == 0
+    assert_same_end(stopped, left_alone)
+
+
+def flip(content: bytes, at: int) -> bytes:
+    return content[:at] + bytes([content[at] ^ 1 << at % 8]) + content[at + 1 :]
+
+
+def test_where_no_checkpoint_is_whole_the_run_is_to_be_started_again(stopped):
+    for path in newest_first(stopped):
+        path.write_bytes(b"\0" * 100)
+    with pytest.raises(UserError, match=r"no checkpoint in .*checkpoints is whole: start the run again"):
+        read_newest(stopped)
+    shutil.rmtree(stopped / "checkpoints")
+    with pytest.raises(UserError, match="holds no checkpoint to go on from"):
+        read_newest(stopped)
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        (["--r", "4"], "--r is 4, and 2 in the run"),
+        (["--seed", "1"], "--seed is 1, and 0 in the run"),
+        (["--use-dora"], "--use-dora is True, and False in the run"),
+        (["--target-modules", "q_lin"], r"--target-modules is \['q_lin'\], and \['q_lin', 'v_lin'\] in the run"),
+        (["--output-dir", "elsewhere"], "--output-dir is elsewhere, and .*run in the run"),
+    ],
+)
+def test_an_option_that_contradicts_the_run_is_refused_by_name(typed, message, stopped, capsys):
+    assert main(["--resume", str(stopped), *typed]) == 2
+    assert len(errors := capsys.readouterr().err.splitlines()) == 1
+    assert re.search(message, errors[0])
+
+
+def test_other_data_another_model_and_another_number_of_processes_are_refused(stopped, tmp_path):
+    saved = read_newest(stopped)
+    with pytest.raises(UserError, match="was one of 1 processes: start as many, not 2"):
+        saved.refuse_changes(2, saved.fingerprint)
+    for what in ("the model", "the data", "--dtype"):
+        with pytest.raises(UserError, match=f"{what} is not what it was when the run"):
+            saved.refuse_changes(1, saved.fingerprint | {what: "another"})
+
+
+def test_a_run_that_has_ended_is_not_gone_on_with(left_alone, capsys):
+    assert main(["--resume", str(left_alone)]) == 2
+    assert "has ended: its results.json is there" in capsys.readouterr().err
+
+
+def test_what_is_typed_again_is_no_contradiction_and_what_has_no_part_in_the_result_may_change(stopped, tmp_path):
+    saved = read_newest(stopped)
+    options = saved.resume_options({"r": 2, "target_modules": ["q_lin", "v_lin"], "checkpoint_every": 7})
+    assert options == dataclasses.replace(Options(**saved.options), checkpoint_every=7)
+
+
+def test_a_step_that_is_not_finite_stops_the_run_says_where_and_leaves_the_checkpoint_before_it(words, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main([*words, "--learning-rate", "1e25", "--dtype", "float32", "--output-dir", str(run)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(
+        r"(loss|norm) is (nan|inf) at step \d+, on the training examples (\d+, ){7}\d+ .* with --learning-rate 1e\+25", error
+    )
+    assert not (run / "adapter").exists()
+    for path in newest_first(run):
+        assert all(tensor.isfinite().all() for tensor in load_file(path).values())
+
+
+@pytest.mark.parametrize(("largest", "what"), [(20_000, "step-00000000.safetensors"), (60_000, "adapter")])
+def test_a_full_disk_is_one_line_and_leaves_no_half_of_a_file(largest, what, words, tmp_path):
+    run = tmp_path / "run"
+
+    def small_disk() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+
+    process = start(*words, "--r", "2", "--output-dir", str(run), preexec_fn=small_disk)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert f"{what} cannot be written: File too large" in errors.splitlines()[-1]
+    assert not list(run.rglob(".*"))
+    if what == "adapter":
+        assert read_newest(run).step == STEPS  # nothing is lost: with more room, the run goes on from here
+
+
+def test_checkpoints_take_one_per_cent_of_the_time_at_most(tmp_path, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now)
+    checkpoints = Checkpoints(tmp_path, None, {}, write=True)
+    assert not checkpoints.due(1)
+    now = 31.0
+    assert checkpoints.due(2)
+    checkpoints.cost = 0.5
+    assert not checkpoints.due(2)
+    now = 51.0
+    assert checkpoints.due(3)
+    assert [step for step in range(1, 10) if Checkpoints(tmp_path, 3, {}, write=True).due(step)] == [3, 6, 9]
+
+
+def test_two_are_kept(tmp_path):
+    layer = torch.nn.Linear(2, 2)
+    optimizer = checkpoint.AdamW([{"params": list(layer.parameters()), "lr": 0.1}], 0.0)
+    checkpoints = Checkpoints(tmp_path, 1, {}, write=True)
+    for step in range(5):
+        checkpoints.save(step, layer, optimizer, 0.0, [])
+    assert [path.name for path in newest_first(tmp_path)] == ["step-00000004.safetensors", "step-00000003.safetensors"]
+    assert safetensors.torch.load_file(newest_first(tmp_path)[0]).keys() == {
+        *("weight", "weight/step", "weight/mean", "weight/square", "bias", "bias/step", "bias/mean", "bias/square")
+    }
