@@ -45,6 +45,7 @@ class Checkpoint:
     losses: list[float]  # of the steps that no line of metrics has told yet
     options: dict[str, Any]
     model: str  # the names of what was loaded, whoever chose it
+    commit: str | None  # of the hub
     dataset: str
     notice: str
     processes: int

@@ -2,16 +2,22 @@
 
 import contextlib
 import functools
+import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+
+os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # of the client's two ways to fetch a file, the one that is tested here
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -22,10 +28,14 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.file_download import repo_folder_name
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from errors import UserError
+
+LEAST = 30_000  # bytes of a file that the hub has to send in a while
+constants.DOWNLOAD_CHUNK_SIZE = 1 << 17  # as large are the pieces in which a file is seen to grow
 
 
 class HubUnreachable(UserError):
@@ -65,7 +75,7 @@ def hub_file(repo_id: str, filename: str, revision: str | None = None, repo_type
     what = {"model": "model", "dataset": "data set"}[repo_type]
     try:
         if hub_is_reachable():
-            return Path(hf_hub_download(repo_id, filename, revision=revision, repo_type=repo_type))
+            return _download(repo_id, filename, revision, repo_type)
         # hf_hub_download would use the network even if told not to: its telemetry asks the hub, and waits for the name server
         cached = try_to_load_from_cache(repo_id, filename, revision=revision, repo_type=repo_type)
         if isinstance(cached, str):
@@ -92,6 +102,52 @@ def hub_file(repo_id: str, filename: str, revision: str | None = None, repo_type
         f"{constants.ENDPOINT} cannot be reached and the cache on this machine lacks {filename} of the {what} {repo_id}: "
         "connect and try again, or name a folder"
     )
+
+
+def _download(repo_id: str, filename: str, revision: str | None, repo_type: str) -> Path:
+    """`hf_hub_download`, given up when next to nothing comes: by itself it waits, and tries again, for minutes.
+
+    Raises TimeoutError then, OSError if a large file is not the one that was promised, and all that the client raises.
+    """
+    answer: Future[str] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(hf_hub_download(repo_id, filename, revision=revision, repo_type=repo_type))
+        except Exception as error:
+            answer.set_exception(error)
+
+    known = isinstance(try_to_load_from_cache(repo_id, filename, revision=revision, repo_type=repo_type), str)
+    threading.Thread(target=ask, daemon=True).start()
+    blobs = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type=repo_type) / "blobs"
+    patience = 2 * constants.HF_HUB_DOWNLOAD_TIMEOUT  # 20 seconds, if the environment does not say another
+    size, since = 0, time.monotonic()
+    while not wait([answer], timeout=0.2).done:
+        if abs(_size_so_far(blobs) - size) >= LEAST:
+            size, since = _size_so_far(blobs), time.monotonic()
+        elif time.monotonic() - since > patience:
+            raise TimeoutError(f"the hub sent less than {LEAST:,} bytes in {patience} seconds")
+    path = Path(answer.result())
+    blob = path.resolve()
+    if not known and re.fullmatch("[0-9a-f]{64}", blob.name) and sha256_of_file(path) != blob.name:
+        path.unlink()
+        blob.unlink()
+        raise OSError("what came is not the file that was promised: its sha256 differs")
+    return path
+
+
+def _size_so_far(blobs: Path) -> int:
+    with contextlib.suppress(FileNotFoundError):  # it became a whole file at this moment
+        return sum(path.stat().st_size for path in blobs.glob("*.incomplete"))
+    return 0
+
+
+def sha256_of_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _reason(error: BaseException) -> str:

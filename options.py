@@ -49,7 +49,7 @@ class Options:
     seed: int = option(0, "of the head, the adapters, the order of examples and dropout")
     resume: str | None = option(None, "go on with the run in this folder, which was stopped; its options are taken from there")
     checkpoint_every: int | None = option(
-        None, "steps from one checkpoint to the next [every 30 seconds, or rarer: they take 1 % of the time at most]"
+        None, "steps from one checkpoint to the next [every 30 seconds, or rarer: they take a hundredth of the time at most]"
     )
     output_dir: str | None = option(None, "folder for the results, new or empty [runs/ and a name of its own]")
     merged_output: str | None = option(None, "folder for the merged model as well, as transformers loads it")

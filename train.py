@@ -16,11 +16,13 @@ import io
 import itertools
 import json
 import math
+import platform
 import shutil
 import sys
 import time
 from collections.abc import Callable
 from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +41,13 @@ from evaluate import Forward, evaluate, f1_per_class, macro_f1, progress, scores
 from files import HubUnreachable, append_line, new_folder, refuse_to_overwrite, write_file
 from lora import PeftModel, get_peft_model
 from machine import cast_frozen_matrices, choose_device, choose_dtype, peak_memory_mb
-from model import DistilBertForSequenceClassification, load_pretrained, save_pretrained
-from optimizer import AdamW
+from model import DistilBertForSequenceClassification, hub_commit, load_pretrained, save_pretrained, weights_sha256
+from optimizer import AdamW, parameter_groups, schedule
 from options import DEFAULT_DATASET, DEFAULT_MODEL, EMBEDDED_DATASET, EMBEDDED_MODEL, Options, parse
 from processes import Processes
 
 LOG_EVERY = 10  # steps
+PACKAGES = ("torch", "tokenizers", "safetensors", "huggingface-hub", "numpy")
 RUN_FILES = ("metrics.jsonl", "results.json", "adapter", CHECKPOINTS)  # of a run's folder
 
 
@@ -66,11 +69,17 @@ def run(options: Options, saved: Checkpoint | None = None) -> dict[str, Any]:
     if asked_model is None and options.revision is not None:
         asked_model = DEFAULT_MODEL
 
-    def load_base(name: str) -> tuple[DistilBertForSequenceClassification, Tokenizer]:
-        return load_pretrained(name, len(names), options.revision)
+    def load_at_commit(name: str) -> tuple[DistilBertForSequenceClassification, Tokenizer, str | None]:
+        commit = (saved and saved.commit) or hub_commit(name, options.revision)  # for a branch may move while we train
+        return *load_pretrained(name, len(names), commit or options.revision), commit
+
+    def load_base() -> DistilBertForSequenceClassification:
+        return load_pretrained(model_name, len(names), commit or options.revision)[0]
 
     torch.manual_seed(options.seed)  # the head starts at random
-    (base, tokenizer), model_name, model_notice = load_or_step_in(load_base, asked_model, DEFAULT_MODEL, EMBEDDED_MODEL)
+    loaded_model, model_name, model_notice = load_or_step_in(load_at_commit, asked_model, DEFAULT_MODEL, EMBEDDED_MODEL)
+    base, tokenizer, commit = loaded_model
+    sha256 = weights_sha256(model_name, commit or options.revision)
     notice = saved.notice if saved else "\n".join(filter(None, [model_notice, data_notice]))
     if notice:
         print(notice)
@@ -109,6 +118,7 @@ def run(options: Options, saved: Checkpoint | None = None) -> dict[str, Any]:
         about = {
             "options": dataclasses.asdict(options),
             "model": model_name,
+            "commit": commit,
             "dataset": dataset_name,
             "notice": notice,
             "processes": processes.world,
@@ -128,6 +138,9 @@ def run(options: Options, saved: Checkpoint | None = None) -> dict[str, Any]:
             "model": model_name,
             "dataset": dataset_name,
             "embedded": bool(notice),
+            "commit": commit,
+            "sha256": {"weights": sha256, "data": loaded["the data"]},
+            "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
             "seed": options.seed,
             "device": device.type,
             "dtype": str(dtype).removeprefix("torch."),
@@ -140,10 +153,9 @@ def run(options: Options, saved: Checkpoint | None = None) -> dict[str, Any]:
         }
         if not processes.first:
             return results
-        fresh = load_base(model_name)[0]
-        difference = save_adapter(output_dir / "adapter", model, tokenizer, names, forward, test_texts, fresh)
+        difference = save_adapter(output_dir / "adapter", model, tokenizer, names, forward, test_texts, load_base())
         if options.merged_output is not None:
-            merged = load_base(model_name)[0]  # in float32, of which a merge costs no more than rounding
+            merged = load_base()  # in float32, of which a merge costs no more than rounding
             PeftModel.from_pretrained(merged, output_dir / "adapter").merge_and_unload()
             save_pretrained(merged, tokenizer, options.merged_output, names)
         write_file(output_dir / "results.json", json.dumps(results, indent=2).encode() + b"\n")
@@ -318,24 +330,6 @@ def not_finite(step: int, batch: np.ndarray, loss: float, norm: float, options: 
         f"{options.learning_rate:g}, --lora-alpha {options.lora_alpha:g}, --r {options.r} and --dtype {options.dtype}: try a "
         f"smaller --learning-rate, or --dtype float32; the last checkpoint is from before it"
     )
-
-
-def parameter_groups(model: nn.Module, learning_rate: float, ratio: float) -> list[dict[str, Any]]:
-    """Everything trainable; B learns `ratio` times as fast as the rest (LoRA+, Hayou et al. 2024, arXiv:2402.12354)."""
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    if not named:
-        raise UserError("nothing in this model is trainable: load the adapter with is_trainable=True")
-    groups: dict[float, list[nn.Parameter]] = {}
-    for name, parameter in named:
-        highest = learning_rate * ratio if name.endswith(".lora_B.weight") else learning_rate
-        groups.setdefault(highest, []).append(parameter)
-    return [{"params": group, "highest_lr": highest} for highest, group in groups.items()]
-
-
-def schedule(step: int, steps: int, warmup: float) -> float:
-    """The share of the highest learning rate at `step` of 1..steps: up to 1 in warmup * steps, then down towards 0."""
-    rising = max(1.0, warmup * steps)
-    return min(step / rising, (steps - step + 1) / (steps - rising + 1))
 
 
 def warn_of_a_long_run(bar: tqdm, seconds_per_example: float, examples: int) -> None:

@@ -1,6 +1,13 @@
 """The network: a handwritten DistilBERT, and its weights from and to the hub's format."""
 
 from model.distilbert import DistilBertConfig, DistilBertForSequenceClassification
-from model.pretrained import load_pretrained, save_pretrained
+from model.pretrained import hub_commit, load_pretrained, save_pretrained, weights_sha256
 
-__all__ = ["DistilBertConfig", "DistilBertForSequenceClassification", "load_pretrained", "save_pretrained"]
+__all__ = [
+    "DistilBertConfig",
+    "DistilBertForSequenceClassification",
+    "hub_commit",
+    "load_pretrained",
+    "save_pretrained",
+    "weights_sha256",
+]

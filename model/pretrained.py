@@ -5,7 +5,6 @@ not used here. So every BERT-family checkpoint (bert-base-uncased, MiniLM, TinyB
 (BERT also drops out after `out_lin` while it trains, and DistilBERT does not.)
 """
 
-import hashlib
 import importlib.util
 import json
 import os
@@ -21,7 +20,7 @@ from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
 from errors import UserError
-from files import hub_file, new_folder, read_json, read_safetensors
+from files import hub_file, new_folder, read_json, read_safetensors, sha256_of_file
 from model.distilbert import DistilBertConfig, DistilBertForSequenceClassification, init_weights
 
 # BERT's name (of a configuration field, or of a part of a weight's key) -> ours; weights' parts are replaced in this order.
@@ -67,7 +66,7 @@ def load_pretrained(
     `name_or_path` is a hub id, a folder or "minilm", the embedded encoder. A head that the checkpoint lacks starts at random.
     Raises UserError if anything is missing, unexpected or misshapen, by name; HubUnreachable if the hub does not answer.
     """
-    config_file, tokenizer_file, weights_file = _locate(name_or_path, revision)
+    config_file, tokenizer_file, weights_file, _ = _locate(name_or_path, revision)
     config = _read_config(config_file, num_labels)
     tokenizer = _read_tokenizer(tokenizer_file, config)
     weights = _translate(read_safetensors(weights_file), weights_file)
@@ -96,6 +95,15 @@ def load_pretrained(
             raise UserError(f"{weights_file}: {key} holds numbers that are not finite: fetch or train it again")
     classifier.load_state_dict(weights, strict=False, assign=True)
     return classifier.requires_grad_(True).eval(), tokenizer
+
+
+def hub_commit(name_or_path: str, revision: str | None = None) -> str | None:
+    """The commit of the hub that a name and a revision stand for now, its files fetched; None for a model on this machine."""
+    return _locate(name_or_path, revision)[3]
+
+
+def weights_sha256(name_or_path: str, revision: str | None = None) -> str:
+    return sha256_of_file(_locate(name_or_path, revision)[2])
 
 
 def save_pretrained(
@@ -134,7 +142,8 @@ class Unfilled(TorchFunctionMode):
         return kwargs["tensor"] if func in (init.normal_, init.kaiming_uniform_, init.uniform_) else func(*args, **kwargs)
 
 
-def _locate(name_or_path: str, revision: str | None) -> tuple[Path, Path, Path]:
+def _locate(name_or_path: str, revision: str | None) -> tuple[Path, Path, Path, str | None]:
+    """Configuration, tokenizer, weights, and the commit if they are the hub's."""
     names = ("config.json", "tokenizer.json", "model.safetensors")
     if name_or_path == EMBEDDED:
         folder = _embedded_folder()
@@ -145,10 +154,10 @@ def _locate(name_or_path: str, revision: str | None) -> tuple[Path, Path, Path]:
     else:
         config = hub_file(name_or_path, "config.json", revision)
         commit = config.parent.name  # the cache's folder is named for it: all three files come from one commit
-        return config, hub_file(name_or_path, names[1], commit), hub_file(name_or_path, names[2], commit)
+        return config, hub_file(name_or_path, names[1], commit), hub_file(name_or_path, names[2], commit), commit
     if revision is not None:
         raise UserError(f"{name_or_path} is on this machine and has no revision {revision!r}: leave out one of the two")
-    return folder / names[0], folder / names[1], folder / names[2]
+    return folder / names[0], folder / names[1], folder / names[2], None
 
 
 def _embedded_folder() -> Path:
@@ -159,7 +168,7 @@ def _embedded_folder() -> Path:
     folder = Path(spec.submodule_search_locations[0]) / "model"
     for name, sha256 in EMBEDDED_SHA256.items():
         path = folder / name
-        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+        if not path.is_file() or sha256_of_file(path) != sha256:
             raise UserError(f"{path} is not the published file (sha256 differs): pip install --force-reinstall '.[offline]'")
     return folder
 

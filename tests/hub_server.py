@@ -67,7 +67,9 @@ class Hub:
         """The next `times` requests for "repository/file", or for everything, go wrong.
 
         "cut": the connection breaks half-way through the file. "silent": no answer at all. "500": an error of the server.
-        "portal": a page that wants you to log in to the hotel's network.
+        "portal": a page that wants you to log in to the hotel's network. "later": 429, try again in an hour.
+        "circle": redirects to itself. "stall": half of the file, and then nothing. "trickle": a byte now and then.
+        "other": as many other bytes. "longer": more bytes than were promised.
         """
         self._faults.append([kind, method, file, times])
 
@@ -113,6 +115,10 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         elif fault == "500":
             self.refuse(500, None)
+        elif fault == "later":
+            self.send(429, {"Retry-After": "3600"})
+        elif fault == "circle":
+            self.send(302, {"Location": self.path})
         elif fault == "portal":
             self.send(200, {}, b"<html>Room number, please</html>")
         elif not match:
@@ -120,12 +126,12 @@ class Handler(BaseHTTPRequestHandler):
         elif repo in self.hub.renamed:
             self.send(307, {"Location": self.path.replace(repo, self.hub.renamed[repo], 1)})
         elif match.re is STORE:
-            self.send_file(self.hub.commits[repo][revision][file], {}, cut=fault == "cut")
+            self.send_file(self.hub.commits[repo][revision][file], {}, fault)
         else:
-            self.resolve(repo, revision, file, cut=fault == "cut")
+            self.resolve(repo, revision, file, fault)
         self.hub.after(request)
 
-    def resolve(self, repo: str, revision: str, file: str, cut: bool) -> None:
+    def resolve(self, repo: str, revision: str, file: str, fault: str | None) -> None:
         if repo not in self.hub.commits:
             return self.refuse(401, "RepoNotFound")  # not 404, so that nobody learns which private names are taken
         commit = self.hub.branches[repo].get(revision, revision)
@@ -136,17 +142,19 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse(404, "EntryNotFound", headers)
         content = self.hub.commits[repo][commit][file]
         if isinstance(content, bytes):
-            return self.send_file(content, headers | {"ETag": f'"{hashlib.sha1(content).hexdigest()}"'}, cut)
+            return self.send_file(content, headers | {"ETag": f'"{hashlib.sha1(content).hexdigest()}"'}, fault)
         # A large file lies in a store, on another host, to which the client takes no credentials.
         headers |= {"X-Linked-ETag": f'"{sha256(content)}"', "X-Linked-Size": str(content.stat().st_size)}
         self.send(302, headers | {"Location": f"http://localhost:{self.hub.port}/store/{repo}/{commit}/{quote(file)}"})
 
-    def send_file(self, content: bytes | Path, headers: dict[str, str], cut: bool) -> None:
+    def send_file(self, content: bytes | Path, headers: dict[str, str], fault: str | None) -> None:
         size = len(content) if isinstance(content, bytes) else content.stat().st_size
         wanted = re.fullmatch(r"bytes=(\d+)-", self.headers["Range"] or "")
         start = int(wanted[1]) if wanted else 0
         if start >= size > 0:
             return self.refuse(416, None, {"Content-Range": f"bytes */{size}"})
+        if fault == "longer":
+            size += 1000
         if wanted:
             headers = headers | {"Content-Range": f"bytes {start}-{size - 1}/{size}"}
         self.send(206 if wanted else 200, headers | {"Content-Length": str(size - start), "Accept-Ranges": "bytes"})
@@ -154,9 +162,17 @@ class Handler(BaseHTTPRequestHandler):
             return
         with io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as source:
             source.seek(start)
-            if cut:
+            if fault in ("cut", "stall"):
                 self.wfile.write(source.read(max(0, size // 2 - start)))
+                self.wfile.flush()
                 self.close_connection = True
+                if fault == "stall":
+                    self.hub.stopped.wait(120)
+            elif fault == "trickle":
+                while (byte := source.read(1)) and not self.hub.stopped.wait(0.2):
+                    self.wfile.write(byte)
+            elif fault in ("other", "longer"):
+                self.wfile.write(bytes(size - start))
             else:
                 shutil.copyfileobj(source, self.wfile, 1 << 20)
 

@@ -18,7 +18,7 @@ from lora import LoraConfig, LoRALinear, PeftModel, TaskType, get_peft_model
 from lora.adapter import adapter_tensors
 from lora.targets import find_targets, pattern_value
 from lora.variants import DoRALinear
-from train import parameter_groups
+from optimizer import parameter_groups
 
 Q_V = ["q_lin", "v_lin"]
 

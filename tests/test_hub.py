@@ -4,6 +4,7 @@ The client reads its environment when it is imported, so each scenario is a proc
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -27,6 +28,7 @@ MODEL, FULL_NAME = (
 )  # the hub redirects from the one to the other
 TINY = "ann/tiny"
 DATASET = "datasets/SetFit/ag_news"
+BAD_DAY = ["500", "later", "circle", "stall", "trickle", "other", "longer"]
 CONFIG = {
     "activation": "gelu",
     "architectures": ["DistilBertForMaskedLM"],
@@ -173,8 +175,14 @@ def home(tmp_path) -> Iterator[Path]:
     shutil.rmtree(tmp_path / "home", ignore_errors=True)
 
 
+@pytest.fixture(scope="module")
+def homes() -> dict[str, Path]:
+    """Where the client of each slow scenario puts its cache."""
+    return {}
+
+
 @pytest.fixture(scope="module", autouse=True)
-def slow(tmp_path_factory, tiny) -> Iterator[dict[str, subprocess.Popen]]:
+def slow(tmp_path_factory, tiny, homes) -> Iterator[dict[str, subprocess.Popen]]:
     """What takes long because it waits, started before the first test and looked at in the last ones."""
     unreachable = """
 print(json.dumps([attempt(mark, "ann/tiny"), attempt(lambda: len(load_dataset("ag_news").train))]))
@@ -185,6 +193,10 @@ print(json.dumps([attempt(mark, "ann/tiny"), attempt(lambda: len(load_dataset("a
         with socket.create_server(("127.0.0.1", 0)) as free:
             refused = free.getsockname()[1]
         broken, portal, broken_head, silent_get = (stack.enter_context(Hub()) for _ in range(4))
+        bad_day = {fault: stack.enter_context(Hub()) for fault in BAD_DAY}
+        for fault, each in bad_day.items():
+            each.add(TINY, tiny(1.0))
+            each.fault(fault, "GET", f"{TINY}/model.safetensors")
         broken.fault("500")
         portal.fault("portal")
         broken_head.fault("500", "HEAD", f"{TINY}/config.json")
@@ -195,7 +207,8 @@ print(json.dumps([attempt(mark, "ann/tiny"), attempt(lambda: len(load_dataset("a
         started: dict[str, subprocess.Popen] = {}
 
         def begin(name: str, endpoint: str, code: str, **more: str) -> None:
-            started[name] = start(endpoint, tmp_path_factory.mktemp(name.replace(" ", "-")), code, **more)
+            homes[name] = tmp_path_factory.mktemp(name.replace(" ", "-"))
+            started[name] = start(endpoint, homes[name], code, **more)
 
         begin("refused", f"http://127.0.0.1:{refused}", unreachable)
         begin("silent", f"http://127.0.0.1:{silent.getsockname()[1]}", unreachable)
@@ -204,6 +217,8 @@ print(json.dumps([attempt(mark, "ann/tiny"), attempt(lambda: len(load_dataset("a
         begin("portal", portal.url, unreachable)
         begin("500 for one file", broken_head.url, one_file)
         begin("silent in one file", silent_get.url, one_file, HF_HUB_DOWNLOAD_TIMEOUT="1")
+        for fault, each in bad_day.items():
+            begin(fault, each.url, one_file)
         yield started
         for process in started.values():
             process.kill()
@@ -285,6 +300,22 @@ def test_all_files_come_from_one_commit_even_if_main_moves_between_them(hub, hom
     assert hub.branches[TINY]["main"] != commit  # it did move
     later = [request.revision for request in hub.requests if request.file in ("tokenizer.json", "model.safetensors")]
     assert set(later) == {commit}
+
+
+def test_a_run_keeps_to_one_commit_even_if_main_moves_while_it_trains_and_says_which(hub, home, tiny, tmp_path):
+    files = tiny(0.5)
+    commit = hub.add(TINY, files)
+
+    def move(request) -> None:
+        if request.file == "model.safetensors" and hub.branches[TINY]["main"] == commit:
+            hub.add(TINY, files | {"config.json": b"{}"})
+
+    hub.after = move
+    process = train(hub.url, home, "--model", TINY, "--dataset", "sample", "--output-dir", tmp_path / "out")
+    assert process.returncode == 0, process.stderr
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results["commit"] == commit != hub.branches[TINY]["main"]
+    assert results["sha256"]["weights"] == hashlib.sha256(files["model.safetensors"].read_bytes()).hexdigest()
 
 
 def test_what_the_hub_does_not_have_is_refused_by_name_in_one_line(hub, home, tiny):
@@ -380,3 +411,14 @@ def test_a_hub_that_fails_in_one_file_is_given_up_in_bounded_time(slow, case, fi
     assert "try again" in result["message"]
     assert "\n" not in result["message"]
     assert result["seconds"] < 60
+
+
+@pytest.mark.parametrize("fault", BAD_DAY)
+def test_on_a_bad_day_the_hub_is_given_up_within_half_a_minute_and_nothing_half_written_is_used(slow, homes, fault):
+    result = finish(slow[fault])
+    assert result["error"] == "UserError", result
+    assert "model.safetensors of ann/tiny" in result["message"]
+    assert "try again" in result["message"]
+    assert "\n" not in result["message"]
+    assert result["seconds"] < 35  # the machine is busy with all of them at once
+    assert not list(homes[fault].rglob("snapshots/*/model.safetensors"))

@@ -1,6 +1,7 @@
 """The experiment as a user runs it, on the embedded encoder and corpus; and its metric, schedule and options."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,9 +19,10 @@ from evaluate import confusion_matrix, macro_f1
 from lora import PeftModel
 from machine import cast_frozen_matrices, choose_dtype, peak_memory_mb
 from model import load_pretrained, save_pretrained
-from optimizer import AdamW
+from model.pretrained import EMBEDDED_SHA256
+from optimizer import AdamW, schedule
 from options import Options, parse
-from train import main, schedule
+from train import main
 
 SHORT = ["--model", "minilm", "--dataset", "sample", "--train-limit", "48", "--test-limit", "16", "--epochs", "1"]
 
@@ -123,6 +125,15 @@ def test_bfloat16_is_chosen_where_the_processor_has_it_and_obeyed_where_it_is_ty
     assert choose_dtype("bfloat16", cpu) == torch.bfloat16
 
 
+def test_results_say_exactly_what_was_used(whole_run):
+    results = json.loads((whole_run[0] / "results.json").read_text())
+    assert results["commit"] is None  # nothing came from the hub
+    assert results["sha256"]["weights"] == EMBEDDED_SHA256["model.safetensors"]
+    assert re.fullmatch("[0-9a-f]{64}", results["sha256"]["data"])
+    assert results["versions"]["torch"] == torch.__version__
+    assert results["versions"].keys() == {"python", "torch", "tokenizers", "safetensors", "huggingface-hub", "numpy"}
+
+
 def test_the_sample_is_learned_from_near_chance_to_over_0_90(whole_run):
     folder, printed = whole_run
     results = json.loads((folder / "results.json").read_text())
@@ -200,7 +211,7 @@ def test_an_adapter_that_does_not_give_the_same_logits_when_loaded_is_not_kept(t
     monkeypatch.setattr(PeftModel, "from_pretrained", load_badly)
     with pytest.raises(AssertionError, match="logits that differ"):
         main([*SHORT, "--train-limit", "16", "--output-dir", str(tmp_path / "run")])
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["metrics.jsonl", "results.json"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoints", "metrics.jsonl"]
 
 
 def test_metrics_jsonl_has_a_line_for_each_logged_step_and_the_loss_falls(whole_run):
