@@ -37,9 +37,11 @@ def _read(file: TextIO, name: str, suffix: str) -> Iterator[str]:
                 yield text
         for line, content in enumerate(file, 1):  # noqa: B007 - for the errors below
             yield _text_of(content) if suffix == ".jsonl" else content.rstrip("\r\n")
+    except UserError:
+        raise
     except UnicodeDecodeError as error:
         raise UserError(f"{name}, after line {line}: not UTF-8 ({error.reason}); save it as UTF-8") from error
-    except (json.JSONDecodeError, RecursionError, KeyError, TypeError, UnicodeEncodeError, csv.Error) as error:
+    except (ValueError, RecursionError, KeyError, TypeError, csv.Error) as error:  # ValueError: also a number of 5,000 digits
         want = "CSV" if suffix == ".csv" else 'an object with a string "text"'
         raise UserError(f"{name}, line {line}: want {want} ({error})") from error
 

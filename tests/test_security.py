@@ -12,7 +12,7 @@ SOURCES = [*ROOT.glob("*.py"), *(path for folder in ("lora", "model", "data") fo
 FORBIDDEN = [
     r"import (pickle|marshal|shelve|dill|joblib|cloudpickle)",
     r"from (pickle|marshal|shelve|dill|joblib|cloudpickle)",
-    r"torch\.(load|save|hub)\b",
+    r"(?<!safetensors\.)torch\.(load|save|hub)\b",
     r"(np|numpy)\.load\b",
     r"(?<![\w.])(eval|exec|compile|__import__)\(",
     r"import_module",
