@@ -136,6 +136,7 @@ def test_what_the_user_can_mend_is_one_line_and_status_2(whole_run, capsys, tmp_
     ("name", "content", "says"),
     [
         ("bad.jsonl", b'{"text": "a"}\n{"text": 7}\n', "line 2: want an object"),
+        ("digits.jsonl", b'{"text": "a", "n": ' + b"9" * 5000 + b"}\n", "line 1: want an object"),
         ("bad.jsonl", b'{"text": "a"}\n[]\n', "line 2"),
         ("bad.jsonl", b"\n", "line 1"),
         ("bad.jsonl", b'{"text": "\\ud800"}\n', "line 1"),
