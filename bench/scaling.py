@@ -85,7 +85,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         for row, (key, label) in enumerate([("ms", "ms an example"), ("mb", "peak memory, MB")]):
             axis = axes[row, column]
             axis.plot(x, [point[key] for point in points.values()], "o-", color="#1f6f8b")
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(0, 1.1 * max(point[key] for point in points.values()))
             axis.set_xscale("log", base=2 if what != "examples" else 10)
             axis.set_xticks(x, [f"{value:,}" for value in x], rotation=30)
             axis.minorticks_off()
