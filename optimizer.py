@@ -1,7 +1,7 @@
 """AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101), what it trains, and at which learning rate.
 
-It is PyTorch's own kernel, with the state in plain dictionaries. `torch.optim.AdamW` does the
-same, but imports PyTorch's compiler first: 0.9 s and 70 MB, a third of the way to the first step.
+It is PyTorch's own kernel, with the state in plain dictionaries. `torch.optim.AdamW` does the same, but imports PyTorch's
+compiler first: 0.9 s and 70 MB, a third of the way to the first step.
 """
 
 from typing import Any
@@ -22,8 +22,8 @@ class AdamW:
         self.state = {
             parameter: {
                 "step": torch.zeros((), device=parameter.device),
-                "mean": torch.zeros_like(parameter, requires_grad=False),  # of the gradient: m
-                "square": torch.zeros_like(parameter, requires_grad=False),  # of its square: v
+                "mean": torch.zeros_like(parameter),  # of the gradient: m
+                "square": torch.zeros_like(parameter),  # of its square: v
             }
             for parameter in self.parameters
         }

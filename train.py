@@ -99,7 +99,8 @@ def run(options: Options, saved: Checkpoint | None = None) -> dict[str, Any]:
     model = get_peft_model(base, config)
     model.print_trainable_parameters()
     trainable, total = model.get_nb_trainable_parameters()
-    loaded = fingerprint(options, dtype, model, [train_texts.ids, train_split.labels, test_texts.ids, test_split.labels])
+    data = [train_texts.ids, train_split.labels, test_texts.ids, test_split.labels]
+    loaded = fingerprint(options, dtype, f"{sha256} {base.config}", data)
     if saved:
         saved.refuse_changes(processes.world, loaded)
     processes.agree(loaded)

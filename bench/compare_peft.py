@@ -402,7 +402,7 @@ def main() -> None:
     about = {"settings": settings, "versions": versions, "machine": machine}
     about["options"] = {
         key: value for key, value in vars(options).items() if key not in ("measure", "side", "checkpoint", "output")
-    }
+    } | {"dataset": Path(options.dataset).name}
     options.output.write_text(json.dumps(about | {"results": result}, indent=2) + "\n")
 
 

