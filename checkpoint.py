@@ -33,7 +33,8 @@ FOLDER = "checkpoints"
 KEEP = 2
 INTERVAL = 30.0  # seconds between two checkpoints, unless --checkpoint-every says how many steps,
 SHARE = 0.01  # or longer, so that they take no more than this share of the time
-MAY_CHANGE = ("resume", "checkpoint_every", "merged_output")  # from one part of a run to the next: its result stays the same
+# from one part of a run to the next: its result stays the same
+MAY_CHANGE = ("resume", "checkpoint_every", "merged_output", "tensorboard", "quiet")
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,8 @@ class Checkpoints:
             return
         metrics = self.run / "metrics.jsonl"
         try:
-            for half in [*self.run.rglob(".*.partial"), *self.run.glob(".adapter.*"), self.run / "adapter"]:
+            ended = [path for name in ("adapter", "model") for path in (*self.run.glob(f".{name}.*"), self.run / name)]
+            for half in [*self.run.rglob(".*.partial"), *ended]:
                 shutil.rmtree(half) if half.is_dir() else half.unlink(missing_ok=True)
             lines = metrics.read_bytes().splitlines(keepends=True) if metrics.exists() else []
         except OSError as error:

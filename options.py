@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from errors import UserError
-from lora import LoraConfig
+from lora import NO_TARGETS, LoraConfig
 
 DEFAULT_MODEL, EMBEDDED_MODEL = "distilbert-base-uncased", "minilm"
 DEFAULT_DATASET, EMBEDDED_DATASET = "ag_news", "sample"
+LEARNING_RATES = {"lora": 5e-4, "full": 5e-5, "head": 2e-3}  # of each method
+OF_LORA = ("r", "lora_alpha", "lora_dropout", "target_modules", "bias", "use_rslora", "use_dora", "loraplus_lr_ratio")
 
 
 def option(default: Any, help: str) -> Any:
@@ -30,6 +32,7 @@ class Options:
     revision: str | None = option(None, "commit, branch or tag of the model on the hub")
     train_limit: int | None = option(None, "train on the first so many examples only")
     test_limit: int | None = option(None, "test on the first so many examples only")
+    method: str = option("lora", "what is trained: lora (adapters and head), head (that alone) or full (every weight)")
     r: int = option(2, "rank of the adapters")
     lora_alpha: float = option(16.0, "scale of the adapters: dW = (alpha / r) B A")
     lora_dropout: float = option(0.1, "dropout on the input of the adapters")
@@ -42,7 +45,9 @@ class Options:
     loraplus_lr_ratio: float = option(1.0, "let B learn so many times as fast as the rest (LoRA+; 16 is usual)")
     epochs: int = option(3, "passes over the training examples")
     batch_size: int = option(16, "examples a step")
-    learning_rate: float = option(5e-4, "highest learning rate of AdamW")
+    learning_rate: float = option(
+        None, f"highest learning rate of AdamW [{', '.join(f'{rate:g} for {name}' for name, rate in LEARNING_RATES.items())}]"
+    )
     weight_decay: float = option(0.01, "weight decay of AdamW")
     warmup: float = option(0.1, "share of the steps in which the learning rate rises; then it falls to 0, both linearly")
     max_length: int = option(256, "tokens of a text that are read")
@@ -53,11 +58,23 @@ class Options:
     )
     output_dir: str | None = option(None, "folder for the results, new or empty [runs/ and a name of its own]")
     merged_output: str | None = option(None, "folder for the merged model as well, as transformers loads it")
+    tensorboard: bool = option(False, "write metrics for TensorBoard, too, into the run's folder")
+    quiet: bool = option(False, "leave out the identities of LoRA, which a run checks on its model at the start")
     dtype: str = option("auto", "of the frozen weights and the arithmetic: auto (bfloat16 where it is fast), float32, bfloat16")
     device: str = option("auto", "auto (the best there is), cpu, cuda, mps")
 
     def __post_init__(self) -> None:
         self.target_modules = tuple(self.target_modules)
+        if self.method not in LEARNING_RATES:
+            raise UserError(f"--method is {self.method!r}; it can be {', '.join(LEARNING_RATES)}")
+        if self.learning_rate is None:
+            self.learning_rate = LEARNING_RATES[self.method]
+        if self.method != "lora":
+            for item in dataclasses.fields(self):
+                if item.name in OF_LORA and getattr(self, item.name) != item.default:
+                    raise UserError(f"{flag(item.name)} is for LoRA, and --method is {self.method}: leave out one of them")
+        if self.method == "full" and self.merged_output is not None:
+            raise UserError("--merged-output is for adapters; --method full writes the whole model into the run's folder")
         for name, least in [
             ("train_limit", 1),
             ("test_limit", 1),
@@ -85,9 +102,12 @@ class Options:
                 raise UserError(f"{flag(name)} is {getattr(self, name)!r}; it can be {', '.join(values)}")
 
     def lora_config(self) -> LoraConfig:
+        """What is trained: adapters and head, or the head alone. (With --method full there is none.)"""
         targets: list[str] | str = list(self.target_modules)
         if len(targets) == 1 and (targets[0] == "all-linear" or not re.fullmatch(r"[\w.]+", targets[0])):
             targets = targets[0]
+        if self.method == "head":
+            targets = NO_TARGETS
         return LoraConfig(
             r=self.r,
             lora_alpha=self.lora_alpha,

@@ -35,20 +35,22 @@ from tqdm import tqdm
 
 from checkpoint import FOLDER as CHECKPOINTS
 from checkpoint import Checkpoint, Checkpoints, Signals, fingerprint, read_newest
-from data import TokenizedTexts, evaluation_batches, load_dataset, micro_batches, tokenize, training_batches
+from data import TokenizedTexts, load_dataset, micro_batches, tokenize, training_batches
 from errors import UserError, exit_status
 from evaluate import Forward, evaluate, f1_per_class, macro_f1, progress, scores
-from files import HubUnreachable, append_line, new_folder, refuse_to_overwrite, write_file
-from lora import PeftModel, get_peft_model
+from files import HubUnreachable, write_file
+from identities import frozen_sha256, identities
+from lora import PeftModel, count_parameters, get_peft_model, print_trainable_parameters
 from machine import cast_frozen_matrices, choose_device, choose_dtype, peak_memory_mb
 from model import DistilBertForSequenceClassification, hub_commit, load_pretrained, save_pretrained, weights_sha256
+from model_card import model_card
 from optimizer import AdamW, parameter_groups, schedule
 from options import DEFAULT_DATASET, DEFAULT_MODEL, EMBEDDED_DATASET, EMBEDDED_MODEL, Options, parse
 from processes import Processes
+from run_folder import Metrics, check_folders, make_folder, save_trained, summary_writer
 
 LOG_EVERY = 10  # steps
 PACKAGES = ("torch", "tokenizers", "safetensors", "huggingface-hub", "numpy")
-RUN_FILES = ("metrics.jsonl", "results.json", "adapter", CHECKPOINTS)  # of a run's folder
 
 
 def run(options: Options, saved: Checkpoint | None = None) -> dict[str, Any]:
@@ -60,6 +62,8 @@ def run(options: Options, saved: Checkpoint | None = None) -> dict[str, Any]:
     output_dir = saved.run if saved else Path(options.output_dir or f"runs/{datetime.now():%Y-%m-%d-%H%M%S}")
     if processes.first:
         check_folders(output_dir, options.merged_output, new=saved is None)
+        if options.tensorboard:
+            summary_writer()
     processes.join(device)
 
     # Data and model: what was asked for, or, where nothing was and there is no hub, what is embedded.
@@ -94,11 +98,12 @@ def run(options: Options, saved: Checkpoint | None = None) -> dict[str, Any]:
     test_texts = tokenize(tokenizer, test_split.texts, options.max_length)
     print(f"model {model_name}, data {dataset_name}: {len(train_split):,} examples to train on, {len(test_split):,} to test on")
 
-    # LoRA: everything is frozen but the adapters and the head.
-    config = dataclasses.replace(config, base_model_name_or_path=model_name)
-    model = get_peft_model(base, config)
-    model.print_trainable_parameters()
-    trainable, total = model.get_nb_trainable_parameters()
+    # LoRA: everything is frozen but the adapters and the head. (Or but the head; or nothing is: --method.)
+    model: nn.Module = base
+    if options.method != "full":
+        model = get_peft_model(base, dataclasses.replace(config, base_model_name_or_path=model_name))
+    print_trainable_parameters(model)
+    trainable, total = count_parameters(model)
     data = [train_texts.ids, train_split.labels, test_texts.ids, test_split.labels]
     loaded = fingerprint(options, dtype, f"{sha256} {base.config}", data)
     if saved:
@@ -106,6 +111,11 @@ def run(options: Options, saved: Checkpoint | None = None) -> dict[str, Any]:
     processes.agree(loaded)
     cast_frozen_matrices(model.to(device), dtype)
     forward = Forward(model, device, dtype)
+    frozen = None if options.quiet else frozen_sha256(model)
+    if not options.quiet:
+        print("\n".join(identities(forward, train_texts, train_split.labels)))
+    if frozen:
+        print(f"frozen weights before training: sha256 {frozen[:16]}")
 
     # Evaluate, train, evaluate.
     def score(what: str) -> np.ndarray:
@@ -132,6 +142,9 @@ def run(options: Options, saved: Checkpoint | None = None) -> dict[str, Any]:
         print(f"macro-F1 after training:  {macro_f1(after):.4f}")
         for name, f1 in zip(names, f1_per_class(after), strict=True):
             print(f"  F1 of {name:<20} {f1:.4f}")
+        if frozen:
+            same = frozen_sha256(model) == frozen
+            print(f"frozen weights after training:  {'the same' if same else 'NOT THE SAME'}")
         processes.leave()
 
         # Keep the result; results.json is written last, and says that the run has ended.
@@ -154,56 +167,20 @@ def run(options: Options, saved: Checkpoint | None = None) -> dict[str, Any]:
         }
         if not processes.first:
             return results
-        difference = save_adapter(output_dir / "adapter", model, tokenizer, names, forward, test_texts, load_base())
+        folder, difference = save_trained(output_dir, forward, tokenizer, names, model_card(results), test_texts, load_base)
         if options.merged_output is not None:
             merged = load_base()  # in float32, of which a merge costs no more than rounding
-            PeftModel.from_pretrained(merged, output_dir / "adapter").merge_and_unload()
+            PeftModel.from_pretrained(merged, folder).merge_and_unload()
             save_pretrained(merged, tokenizer, options.merged_output, names)
         write_file(output_dir / "results.json", json.dumps(results, indent=2).encode() + b"\n")
         shutil.rmtree(output_dir / CHECKPOINTS, ignore_errors=True)
     equal = "equal logits" if difference == 0 else f"logits equal to {difference:.0e}"
-    print(f"saved {output_dir}/results.json, metrics.jsonl and adapter (loaded again onto a fresh base: {equal})")
+    print(f"saved {output_dir}/results.json, metrics.jsonl and {folder.name} (loaded again: {equal})")
     if options.merged_output is not None:
         print(f"saved {options.merged_output}, the merged model")
     if notice:
         print(notice)
     return results
-
-
-def save_adapter(
-    folder: Path,
-    model: PeftModel,
-    tokenizer: Tokenizer,
-    names: list[str],
-    forward: Forward,
-    texts: TokenizedTexts,
-    base: nn.Module,
-) -> float:
-    """Write the adapter's folder and load it again onto a fresh `base`. Returns by how much logits of `texts` differ then."""
-    longest = evaluation_batches(texts.lengths, forward.tokens)[-1]
-    with new_folder(folder) as adapter:
-        model.save_pretrained(adapter)
-        (adapter / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-        (adapter / "label_names.json").write_text(json.dumps(names) + "\n", encoding="utf-8")
-        again = PeftModel.from_pretrained(base, adapter).to(forward.device)
-        cast_frozen_matrices(again, forward.dtype)
-        with torch.inference_mode():
-            logits = forward(texts, longest)
-            difference = (Forward(again, forward.device, forward.dtype)(texts, longest) - logits).abs().max().item()
-        if difference > 0.01 * logits.abs().max():  # of equal weights, some processors compute sums in another order
-            raise AssertionError(f"the saved adapter gives logits that differ by {difference}")
-    return difference
-
-
-def check_folders(output_dir: Path, merged_output: str | None, new: bool) -> None:
-    """Raises UserError if the results would overwrite something, or each other."""
-    if new:
-        refuse_to_overwrite(output_dir)
-    if merged_output is not None:
-        merged_dir, run_dir = Path(merged_output).resolve(), output_dir.resolve()
-        refuse_to_overwrite(merged_dir)
-        if merged_dir in [run_dir, *run_dir.parents] or merged_dir in [run_dir / name for name in RUN_FILES]:
-            raise UserError(f"--merged-output {merged_output} is in the way of {output_dir}: name another folder")
 
 
 def load_or_step_in(load: Callable[[str], Any], asked: str | None, default: str, embedded: str) -> tuple[Any, str, str]:
@@ -241,6 +218,7 @@ def train(
         saved.restore(model, optimizer)
         print(f"going on after step {first} of {steps}")
     checkpoints.clean(first)
+    metrics = Metrics(checkpoints.run, first, options.tensorboard and processes.first)
     model.train()
     start = time.perf_counter() - seconds_before
     recent: list[tuple[int, np.ndarray, torch.Tensor]] = []  # steps of which nobody has looked at loss and gradient norm yet
@@ -307,7 +285,7 @@ def train(
                     "examples_per_second": done / seconds,
                 }
                 if processes.first:
-                    append_line(checkpoints.run / "metrics.jsonl", json.dumps(line))
+                    metrics.write(line)
                 if step == LOG_EVERY:
                     warn_of_a_long_run(bar, seconds / done, examples)
             if stop or step == steps or checkpoints.due(step):
@@ -320,6 +298,7 @@ def train(
         "steps": steps,
         "seconds": round(seconds, 3),
         "examples_per_second": round(examples / seconds, 3),
+        "optimizer_bytes": sum(tensor.nbytes for state in optimizer.state.values() for tensor in state.values()),
     }
 
 
@@ -343,14 +322,6 @@ def warn_of_a_long_run(bar: tqdm, seconds_per_example: float, examples: int) -> 
 def random_seed(*numbers: int) -> int:
     """A seed of 64 bits that depends on every one of `numbers`, so that a step's dropout is the same whatever came before."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
-
-
-def make_folder(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output-dir {folder} cannot be made: {error.strerror}") from error
-    return folder
 
 
 def start(typed: dict[str, Any]) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """The text: data sets read and checked, tokenised once, and cut into batches."""
 
 from data.batching import TokenizedTexts, evaluation_batches, micro_batches, pad, tokenize, training_batches
-from data.datasets import Dataset, Split, load_dataset
+from data.datasets import AG_NEWS, Dataset, Split, load_dataset
 from data.texts import read_texts
 
 __all__ = [
+    "AG_NEWS",
     "Dataset",
     "Split",
     "TokenizedTexts",

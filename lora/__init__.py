@@ -1,7 +1,18 @@
 """The idea: low-rank adapters, under the names that `peft` gave them. Works on any `nn.Module`."""
 
-from lora.config import LoraConfig, PeftConfig, TaskType
+from lora.config import NO_TARGETS, LoraConfig, PeftConfig, TaskType
+from lora.inject import count_parameters, print_trainable_parameters
 from lora.layer import LoRALinear
 from lora.peft_model import PeftModel, get_peft_model
 
-__all__ = ["LoRALinear", "LoraConfig", "PeftConfig", "PeftModel", "TaskType", "get_peft_model"]
+__all__ = [
+    "NO_TARGETS",
+    "LoRALinear",
+    "LoraConfig",
+    "PeftConfig",
+    "PeftModel",
+    "TaskType",
+    "count_parameters",
+    "get_peft_model",
+    "print_trainable_parameters",
+]

@@ -14,6 +14,7 @@ from files import read_json, write_file
 HIGHEST_RANK = 1 << 20
 LARGEST_ALPHA = 1e30
 CONFIG_FILE = "adapter_config.json"
+NO_TARGETS = "dummy-target-modules"  # peft's word for an adapter of modules to save alone
 # What peft writes and what changes nothing here, whatever it says ...
 IGNORED = {
     "peft_type",
@@ -61,7 +62,7 @@ class LoraConfig:
 
     r, lora_alpha: rank and scale, dW = (alpha / r) B A; with `use_rslora`, alpha / sqrt(r) (arXiv:2312.03732).
     target_modules: the linear layers to adapt: a list of the ends of their names (["q_lin", "v_lin"]), a regular expression
-        that matches whole names, or "all-linear", which is every linear layer outside the head.
+        that matches whole names, "all-linear", which is every linear layer outside the head, or NO_TARGETS, which is none.
     layers_to_transform: adapt the layers with these numbers (the first in a module's name) only.
     rank_pattern, alpha_pattern: r or alpha of their own for the layers whose name ends in the key, a regular expression.
     modules_to_save: modules to train in full beside the adapters, by the ends of their names. With task_type "SEQ_CLS" (the

@@ -52,8 +52,7 @@ class PeftModel(nn.Module):
         return inject.count_parameters(self)
 
     def print_trainable_parameters(self) -> None:
-        trainable, total = self.get_nb_trainable_parameters()
-        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+        inject.print_trainable_parameters(self)
 
     def disable_adapter(self) -> contextlib.AbstractContextManager[None]:
         """`with model.disable_adapter():` the model is the base model exactly, its original head included."""

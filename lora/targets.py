@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from errors import UserError
-from lora.config import LoraConfig
+from lora.config import NO_TARGETS, LoraConfig
 
 
 def find_targets(model: nn.Module, config: LoraConfig, head: list[str]) -> list[str]:
@@ -17,6 +17,8 @@ def find_targets(model: nn.Module, config: LoraConfig, head: list[str]) -> list[
     modules = {name: module for name, module in model.named_modules() if name}
     linear = [name for name, module in modules.items() if type(module) is nn.Linear]  # a subclass may do something else
     wanted = config.target_modules
+    if wanted == NO_TARGETS:
+        return []
     if not wanted:
         raise UserError(f"target_modules is empty; it can name any of: {_ends(linear)}")
     if wanted == "all-linear":

