@@ -22,19 +22,27 @@ from evaluate import Forward, compute_logits, progress
 from files import read_json
 from lora import PeftModel
 from lora.adapter import PREFIX, read_adapter
+from lora.config import CONFIG_FILE
 from machine import cast_frozen_matrices, choose_device, choose_dtype
-from model import load_pretrained
+from model import DistilBertForSequenceClassification, load_pretrained
 from options import Parser
 
 CHUNK = 1024  # texts in memory at a time
 
 
 def load_classifier(folder: Path, model: str | None, device_name: str, max_length: int) -> tuple[Forward, Tokenizer, list[str]]:
-    """The base model that the adapter names (or `model`) with the adapter merged in, its tokenizer, and the label names.
+    """A classifier, its tokenizer, and the label names: the base model that the adapter names (or `model`) with the adapter
+    merged in, or a whole model, such as --method full leaves.
 
-    Raises UserError if the folder holds no adapter, or one for another base model.
+    Raises UserError if the folder holds neither, or an adapter for another base model.
     """
-    folder = folder / "adapter" if (folder / "adapter").is_dir() else folder
+    folder = next((folder / name for name in ("adapter", "model") if (folder / name).is_dir()), folder)
+    if (folder / "config.json").is_file() and not (folder / CONFIG_FILE).is_file():
+        if model is not None:
+            raise UserError(f"{folder} is a whole model, which wants no base model: leave out --model")
+        names = label_names(folder)
+        base, tokenizer = load_pretrained(str(folder), len(names))
+        return ready(base, device_name, max_length), tokenizer, names
     config, tensors = read_adapter(folder)
     name = config.base_model_name_or_path if model is None else model
     if name is None:
@@ -49,14 +57,26 @@ def load_classifier(folder: Path, model: str | None, device_name: str, max_lengt
             raise UserError(f"{path} does not name the adapter's {len(head)} classes: write a list of as many strings")
 
     base, tokenizer = load_pretrained(name, len(head), config.revision if model is None else None)
-    if not 3 <= max_length <= base.config.max_position_embeddings:
-        longest = base.config.max_position_embeddings
-        raise UserError(f"--max-length is {max_length}; this model reads from 3 to {longest} tokens")
     PeftModel.from_pretrained(base, folder).merge_and_unload()  # in float32; from here on LoRA costs nothing
+    return ready(base, device_name, max_length), tokenizer, names
+
+
+def label_names(model: Path) -> list[str]:
+    """The classes' names as a whole model's config.json has them."""
+    path = model / "config.json"
+    names = read_json(path).get("id2label")
+    if not isinstance(names, dict) or sorted(names) != sorted(map(str, range(len(names)))):
+        raise UserError(f"{path} names no classes (id2label): it is a base model, and wants an adapter or training")
+    return [str(names[str(i)]) for i in range(len(names))]
+
+
+def ready(model: DistilBertForSequenceClassification, device_name: str, max_length: int) -> Forward:
+    if not 3 <= max_length <= (longest := model.config.max_position_embeddings):
+        raise UserError(f"--max-length is {max_length}; this model reads from 3 to {longest} tokens")
     device = choose_device(device_name)
     dtype = choose_dtype("auto", device)
-    cast_frozen_matrices(base.to(device), dtype)
-    return Forward(base, device, dtype), tokenizer, names
+    cast_frozen_matrices(model.requires_grad_(False).to(device), dtype)
+    return Forward(model, device, dtype)
 
 
 def label(

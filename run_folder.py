@@ -83,10 +83,8 @@ def save_trained(
 
     Returns the folder, and by how much logits of `texts` differ then.
     """
-    model, longest = (
-        typing.cast(DistilBertForSequenceClassification | PeftModel, forward.model),
-        evaluation_batches(texts.lengths, forward.tokens)[-1],
-    )
+    model = typing.cast(DistilBertForSequenceClassification | PeftModel, forward.model)
+    longest = evaluation_batches(texts.lengths, forward.tokens)[-1]
     folder = run / ("adapter" if isinstance(model, PeftModel) else "model")
     with new_folder(folder) as new:
         if isinstance(model, PeftModel):
