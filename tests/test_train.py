@@ -141,7 +141,7 @@ def test_the_sample_is_learned_from_near_chance_to_over_0_90(whole_run):
     assert results["after"]["macro_f1"] >= 0.90
     assert f"macro-F1 before training: {results['before']['macro_f1']:.4f}" in printed
     assert f"macro-F1 after training:  {results['after']['macro_f1']:.4f}" in printed
-    assert "(loaded again onto a fresh base: equal logits)" in printed
+    assert "(loaded again: equal logits)" in printed
     assert "trainable params: 167,812 || all params: 22,881,800 || trainable%: 0.7334" in printed
 
 

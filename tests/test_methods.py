@@ -1,0 +1,312 @@
+"""LoRA, the head alone, and every weight: what is trained, what is left on disk, and what is said of it."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+import yaml
+
+import compare
+import predict
+import train
+from data import tokenize
+from evaluate import Forward
+from files import read_json
+from identities import frozen_sha256, identities
+from lora import LoraConfig, LoRALinear, get_peft_model
+from model import load_pretrained, save_pretrained
+from options import LEARNING_RATES, OF_LORA, Options
+from run_folder import EVENTS
+
+SHORT = ["--model", "minilm", "--dataset", "sample", "--train-limit", "96", "--test-limit", "48", "--epochs", "1"]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """A short run of each method, and one more with TensorBoard."""
+    folder = tmp_path_factory.mktemp("methods")
+    for method in LEARNING_RATES:
+        assert train.main([*SHORT, "--method", method, "--tensorboard", "--output-dir", str(folder / method)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("exported") / "base-as-distilbert"
+    save_pretrained(*load_pretrained("minilm", 4), folder)
+    return folder
+
+
+def forward_of(config: LoraConfig | None) -> tuple[Forward, tuple]:
+    torch.manual_seed(0)
+    base, tokenizer = load_pretrained("minilm", 2)
+    model = base if config is None else get_peft_model(base, config)
+    texts = tokenize(tokenizer, ["one text", "another, longer text", "a third"], 32)
+    return Forward(model, CPU, torch.float32), (texts, np.array([0, 1, 0]))
+
+
+QV = LoraConfig(r=2, target_modules=["q_lin", "v_lin"])
+
+
+def test_the_identities_hold_on_the_real_model_and_leave_no_gradient():
+    forward, data = forward_of(QV)
+    assert identities(forward, *data) == [
+        "injecting changed the logits by 0.0",
+        "gradients reach exactly the 28 tensors that are trained: 12 A, 12 B, 4 of the head",
+        "the first gradient is exactly 0 for 12 of 12 A, since B = 0, and for 0 B",
+    ]
+    assert all(parameter.grad is None for parameter in forward.model.parameters())
+
+
+def test_the_identities_tell_of_a_b_that_does_not_start_at_zero():
+    forward, data = forward_of(LoraConfig(r=2, target_modules=["q_lin", "v_lin"], init_lora_weights=False))
+    changed, _, first = identities(forward, *data)
+    assert float(changed.rpartition(" ")[2]) > 0
+    assert "exactly 0 for 0 of 12 A" in first
+
+
+def test_the_identities_tell_of_a_trained_tensor_that_no_gradient_reaches():
+    forward, data = forward_of(QV)
+    forward.model.distilbert.unused = torch.nn.Linear(2, 2)
+    assert "gradients reach 28 tensors (12 A, 12 B, 4 of the head), and 30 are trained" in identities(forward, *data)
+
+
+def test_the_hash_of_the_frozen_weights_changes_with_one_bit_of_one_of_them_and_not_with_what_is_trained():
+    forward, _ = forward_of(QV)
+    layer = next(module for module in forward.model.modules() if isinstance(module, LoRALinear))
+    before = frozen_sha256(forward.model)
+    with torch.no_grad():
+        layer.lora_B.weight += 1
+        assert frozen_sha256(forward.model) == before
+        layer.weight[0, 0] = torch.nextafter(layer.weight[0, 0], torch.tensor(9.0))
+    assert frozen_sha256(forward.model) != before
+    assert frozen_sha256(forward_of(None)[0].model) is None
+
+
+def test_a_run_prints_its_identities_in_four_lines_and_quiet_leaves_them_out(tmp_path, capsys):
+    tiny = [*SHORT, "--train-limit", "16", "--test-limit", "8"]
+    assert train.main([*tiny, "--output-dir", str(tmp_path / "loud")]) == 0
+    loud = capsys.readouterr().out.splitlines()
+    assert train.main([*tiny, "--quiet", "--output-dir", str(tmp_path / "quiet")]) == 0
+    quiet = capsys.readouterr().out.splitlines()
+    only = [line for line in loud if line not in quiet and "saved" not in line]
+    assert [line.split(":")[0] for line in only] == [
+        "injecting changed the logits by 0.0",
+        "gradients reach exactly the 28 tensors that are trained",
+        "the first gradient is exactly 0 for 12 of 12 A, since B = 0, and for 0 B",
+        "frozen weights before training",
+        "frozen weights after training",
+    ]
+    assert only[-1].endswith("the same")
+    weights = [(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("loud", "quiet")]
+    assert weights[0] == weights[1]  # to look changes nothing
+
+
+def test_each_method_trains_what_its_name_says_and_saves_that(runs):
+    found = {method: read_json(runs / method / "results.json")["parameters"]["trainable"] for method in LEARNING_RATES}
+    head = 384 * 384 + 384 + 4 * 384 + 4
+    assert found == {"lora": head + 6 * 2 * 2 * (384 + 384), "head": head, "full": 22_713_988}
+    assert {method: (runs / method / "model").exists() for method in found} == {"lora": False, "head": False, "full": True}
+    base = load_pretrained("minilm", 4)[0].state_dict()
+    full = load_pretrained(str(runs / "full" / "model"), 4)[0].state_dict()
+    unchanged = [name for name, tensor in full.items() if torch.equal(tensor, base[name])]
+    assert unchanged == []
+
+
+def test_optimizer_state_is_two_numbers_for_a_trained_parameter_and_a_count_for_a_tensor(runs):
+    for method, tensors in [("lora", 28), ("head", 4), ("full", 104)]:
+        results = read_json(runs / method / "results.json")
+        assert results["train"]["optimizer_bytes"] == 2 * 4 * results["parameters"]["trainable"] + 4 * tensors
+
+
+@pytest.mark.parametrize("method", LEARNING_RATES)
+def test_predict_labels_with_whatever_was_trained_as_the_run_measured(runs, method):
+    forward, tokenizer, names = predict.load_classifier(runs / method, None, "cpu", 256)
+    assert names == ["World", "Sports", "Business", "Sci/Tech"]
+    rows = [json.loads(line) for line in (Path(train.__file__).parent / "data/sample/test.jsonl").read_text().splitlines()][:48]
+    answers = list(predict.label(forward, tokenizer, names, [row["text"] for row in rows], 256))
+    right = sum(answer["label"] == names[row["label"]] for answer, row in zip(answers, rows, strict=True))
+    # merged, in bfloat16 where there is, so that a text on the border may go to the other side
+    assert right / 48 == pytest.approx(read_json(runs / method / "results.json")["after"]["accuracy"], abs=0.05)
+
+
+def test_peft_loads_a_head_that_was_trained_alone(runs, exported):
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(exported, num_labels=4)
+    theirs = peft.PeftModel.from_pretrained(base, runs / "head" / "adapter").eval()
+    forward, tokenizer, _ = predict.load_classifier(runs / "head", None, "cpu", 256)
+    ids = torch.tensor([tokenizer.encode("Oil prices rose on Monday").ids])
+    ours = forward.model.float()(ids)
+    assert torch.allclose(theirs(ids).logits, ours, atol=0.02)
+
+
+def test_a_whole_model_that_was_trained_loads_in_transformers(runs):
+    classify = transformers.pipeline("text-classification", str(runs / "full" / "model"))
+    assert classify("Oil prices rose on Monday")[0]["label"] in ("World", "Sports", "Business", "Sci/Tech")
+
+
+def test_a_run_of_every_weight_goes_on_bit_for_bit(tmp_path):
+    tiny = [*SHORT, "--method", "full", "--train-limit", "48", "--test-limit", "8", "--quiet"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert train.main([*tiny, "--output-dir", str(whole)]) == 0
+    program = (
+        "import os, signal, sys, train, checkpoint\n"
+        "save = checkpoint.Checkpoints.save\n"
+        "def die(self, step, *rest):\n"
+        "    save(self, step, *rest)\n"
+        "    step == 2 and os.kill(os.getpid(), signal.SIGKILL)\n"
+        "checkpoint.Checkpoints.save = die\n"
+        "sys.exit(train.main(sys.argv[1:]))\n"
+    )
+    command = [sys.executable, "-c", program, *tiny, "--checkpoint-every", "1", "--output-dir", str(cut)]
+    assert subprocess.run(command, cwd=Path(train.__file__).parent, capture_output=True).returncode == -9
+    assert train.main(["--resume", str(cut)]) == 0
+    assert (cut / "model" / "model.safetensors").read_bytes() == (whole / "model" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--method", "prefix"], "--method is 'prefix'; it can be lora, full, head"),
+        (["--method", "full", "--r", "8"], "--r is for LoRA, and --method is full: leave out one of them"),
+        (["--method", "head", "--use-dora"], "--use-dora is for LoRA, and --method is head: leave out one of them"),
+        (["--method", "full", "--merged-output", "x"], "--merged-output is for adapters"),
+    ],
+)
+def test_what_contradicts_a_method_is_refused(options, message, capsys):
+    assert train.main(options) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_each_method_has_a_learning_rate_of_its_own_which_what_is_typed_overrules():
+    assert {method: Options(method=method).learning_rate for method in LEARNING_RATES} == LEARNING_RATES
+    assert Options(method="full", learning_rate=0.25).learning_rate == 0.25
+    assert set(OF_LORA) <= set(Options.__dataclass_fields__)
+
+
+# the card
+
+
+def card_of(folder: Path) -> tuple[dict, str]:
+    _, header, text = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    return yaml.safe_load(header), text
+
+
+def test_the_card_has_the_header_that_the_hub_reads_and_the_numbers_of_the_run(runs):
+    header, text = card_of(runs / "lora" / "adapter")
+    results = read_json(runs / "lora" / "results.json")
+    assert header["base_model"] == "sentence-transformers/all-MiniLM-L6-v2"
+    assert header["library_name"] == "peft"
+    assert "base_model:adapter:sentence-transformers/all-MiniLM-L6-v2" in header["tags"]
+    (index,) = header["model-index"]
+    metrics = {metric["type"]: metric["value"] for metric in index["results"][0]["metrics"]}
+    assert metrics["f1"] == round(results["after"]["macro_f1"], 4)
+    assert metrics["accuracy"] == round(results["after"]["accuracy"], 4)
+    assert "datasets" not in header  # the sample is no data set of the hub
+    for name in ("World", "Sports", "Business", "Sci/Tech"):
+        assert name in text
+    assert f"{results['before']['macro_f1']:.4f}" in text
+    assert str(Path.cwd()) not in text
+
+
+def test_the_card_of_a_whole_model_is_for_transformers(runs):
+    header, _ = card_of(runs / "full" / "model")
+    assert header["library_name"] == "transformers"
+    assert not any(tag.startswith("base_model:adapter") or tag == "lora" for tag in header["tags"])
+    assert "lora" not in card_of(runs / "head" / "adapter")[0]["tags"]
+
+
+@pytest.mark.parametrize("method", ["lora", "head", "full"])
+def test_the_code_on_a_card_runs_as_it_stands(runs, method, exported, monkeypatch, capsys):
+    folder = runs / method / ("model" if method == "full" else "adapter")
+    blocks = re.findall(r"```python\n(.*?)```", card_of(folder)[1], flags=re.DOTALL)
+    assert len(blocks) == (1 if method == "full" else 2)
+    monkeypatch.chdir(exported.parent)
+    names: dict = {}
+    for block in blocks:
+        block = block.replace('save_pretrained(*load_pretrained("minilm", num_labels=4), "base-as-distilbert")', "")
+        exec(block.replace("THIS_FOLDER", str(folder)).replace('"a text"', '"Oil prices rose on Monday"'), names)
+    printed = capsys.readouterr().out.splitlines()
+    predict.main([str(runs / method), "Oil prices rose on Monday", "--json"])
+    ours = json.loads(capsys.readouterr().out)
+    for line in printed:
+        answer = eval(line)[0]
+        assert answer["label"] == ours["label"]
+        assert answer["score"] == pytest.approx(ours["score"], abs=0.02)
+
+
+def test_the_card_tells_no_path_of_this_machine_and_survives_odd_label_names(tmp_path):
+    data = tmp_path / "my news"
+    data.mkdir()
+    for name in ("train", "test"):
+        rows = [{"text": f"text {i}", "label": ["a|b", "two\nlines: x"][i % 2]} for i in range(8)]
+        (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = tmp_path / "run"
+    assert train.main(["--model", "minilm", "--dataset", str(data), "--epochs", "1", "--output-dir", str(folder)]) == 0
+    header, text = card_of(folder / "adapter")
+    assert str(tmp_path) not in (folder / "adapter" / "README.md").read_text()
+    assert header["model-index"][0]["results"][0]["dataset"]["name"] == "my news"
+    assert "| 0 | a/b |" in text
+    assert "| 1 | two lines: x |" in text
+
+
+# TensorBoard
+
+
+def test_tensorboard_shows_what_metrics_says(runs):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(runs / "lora" / EVENTS))
+    events.Reload()
+    lines = [json.loads(line) for line in (runs / "lora" / "metrics.jsonl").read_text().splitlines()]
+    assert lines
+    for name in lines[0].keys() - {"step"}:
+        shown = [(event.step, event.value) for event in events.Scalars(name)]
+        assert shown == [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in lines]
+
+
+def test_without_tensorboard_installed_a_run_says_what_to_install_before_it_begins(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert train.main([*SHORT, "--tensorboard", "--output-dir", str(tmp_path / "run")]) == 2
+    assert "pip install -e '.[tensorboard]'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+# compare.py
+
+
+def test_compare_runs_every_method_and_says_in_one_table_what_each_took(tmp_path, capsys):
+    folder = tmp_path / "three"
+    tiny = [*SHORT, "--train-limit", "16", "--test-limit", "16", "--r", "4", "--output-dir", str(folder)]
+    assert compare.main(tiny) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "model minilm, data sample: 16 examples of training"
+    cells = [re.split(r"\s{2,}", line.strip()) for line in lines[1:]]
+    assert [row[0] for row in cells[1:]] == ["lora", "full", "head"]
+    for method, trained, _, optimizer, saved, memory, _, f1 in cells[1:]:
+        results = read_json(folder / method / "results.json")
+        assert results["options"]["r"] == (4 if method == "lora" else 2)
+        assert results["seed"] == 0
+        assert trained == f"{results['parameters']['trainable']:,}"
+        assert float(optimizer) == pytest.approx(8 * results["parameters"]["trainable"] / 1e6, abs=0.1)
+        assert float(saved) == pytest.approx(4 * results["parameters"]["trainable"] / 1e6, abs=0.1)
+        assert memory == f"{results['train']['peak_memory_mb']:,.0f}"
+        assert f1 == f"{results['after']['macro_f1']:.4f}"
+
+
+def test_compare_refuses_what_has_no_meaning_there_before_it_runs_anything_and_a_run_that_fails_ends_it(tmp_path, capfd):
+    assert compare.main(["--method", "lora"]) == 2
+    assert "--method is for train.py" in capfd.readouterr().err
+    assert compare.main(["--batch-size", "0"]) == 2
+    assert "--batch-size is 0" in capfd.readouterr().err
+    assert compare.main(["--dataset", "nowhere", "--output-dir", str(tmp_path / "x")]) == 2
+    said = capfd.readouterr().err
+    assert "there is no data set 'nowhere'" in said
+    assert "--method full" not in said
