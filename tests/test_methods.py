@@ -1,5 +1,6 @@
 """LoRA, the head alone, and every weight: what is trained, what is left on disk, and what is said of it."""
 
+import ast
 import json
 import re
 import subprocess
@@ -21,27 +22,32 @@ from evaluate import Forward
 from files import read_json
 from identities import frozen_sha256, identities
 from lora import LoraConfig, LoRALinear, get_peft_model
-from model import load_pretrained, save_pretrained
+from model import DistilBertConfig, DistilBertForSequenceClassification, load_pretrained, save_pretrained
 from options import LEARNING_RATES, OF_LORA, Options
 from run_folder import EVENTS
 
-SHORT = ["--model", "minilm", "--dataset", "sample", "--train-limit", "96", "--test-limit", "48", "--epochs", "1"]
+SHORT = ["--dataset", "sample", "--train-limit", "96", "--test-limit", "48", "--epochs", "1"]
+DIM, LAYERS = 48, 2
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
-    """A short run of each method, and one more with TensorBoard."""
-    folder = tmp_path_factory.mktemp("methods")
-    for method in LEARNING_RATES:
-        assert train.main([*SHORT, "--method", method, "--tensorboard", "--output-dir", str(folder / method)]) == 0
+def tiny(tmp_path_factory) -> Path:
+    """A small DistilBERT with random weights, on disk."""
+    torch.manual_seed(0)
+    config = DistilBertConfig(dim=DIM, n_layers=LAYERS, n_heads=4, hidden_dim=2 * DIM, num_labels=4)
+    folder = tmp_path_factory.mktemp("tiny") / "base"
+    save_pretrained(DistilBertForSequenceClassification(config), load_pretrained("minilm", 4)[1], folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("exported") / "base-as-distilbert"
-    save_pretrained(*load_pretrained("minilm", 4), folder)
+def runs(tmp_path_factory, tiny) -> Path:
+    """A short run of each method."""
+    folder = tmp_path_factory.mktemp("methods")
+    for method in LEARNING_RATES:
+        options = [*SHORT, "--model", str(tiny), "--method", method, "--tensorboard", "--output-dir", str(folder / method)]
+        assert train.main(options) == 0
     return folder
 
 
@@ -91,17 +97,17 @@ def test_the_hash_of_the_frozen_weights_changes_with_one_bit_of_one_of_them_and_
     assert frozen_sha256(forward_of(None)[0].model) is None
 
 
-def test_a_run_prints_its_identities_in_four_lines_and_quiet_leaves_them_out(tmp_path, capsys):
-    tiny = [*SHORT, "--train-limit", "16", "--test-limit", "8"]
-    assert train.main([*tiny, "--output-dir", str(tmp_path / "loud")]) == 0
+def test_a_run_prints_its_identities_in_four_lines_and_quiet_leaves_them_out(tmp_path, tiny, capsys):
+    short = [*SHORT, "--model", str(tiny), "--train-limit", "16", "--test-limit", "8"]
+    assert train.main([*short, "--output-dir", str(tmp_path / "loud")]) == 0
     loud = capsys.readouterr().out.splitlines()
-    assert train.main([*tiny, "--quiet", "--output-dir", str(tmp_path / "quiet")]) == 0
+    assert train.main([*short, "--quiet", "--output-dir", str(tmp_path / "quiet")]) == 0
     quiet = capsys.readouterr().out.splitlines()
     only = [line for line in loud if line not in quiet and "saved" not in line]
     assert [line.split(":")[0] for line in only] == [
         "injecting changed the logits by 0.0",
-        "gradients reach exactly the 28 tensors that are trained",
-        "the first gradient is exactly 0 for 12 of 12 A, since B = 0, and for 0 B",
+        "gradients reach exactly the 12 tensors that are trained",
+        "the first gradient is exactly 0 for 4 of 4 A, since B = 0, and for 0 B",
         "frozen weights before training",
         "frozen weights after training",
     ]
@@ -110,19 +116,23 @@ def test_a_run_prints_its_identities_in_four_lines_and_quiet_leaves_them_out(tmp
     assert weights[0] == weights[1]  # to look changes nothing
 
 
-def test_each_method_trains_what_its_name_says_and_saves_that(runs):
+def test_each_method_trains_what_its_name_says_and_saves_that(runs, tiny):
     found = {method: read_json(runs / method / "results.json")["parameters"]["trainable"] for method in LEARNING_RATES}
-    head = 384 * 384 + 384 + 4 * 384 + 4
-    assert found == {"lora": head + 6 * 2 * 2 * (384 + 384), "head": head, "full": 22_713_988}
+    base = load_pretrained(str(tiny), 4)[0].state_dict()
+    head = DIM * DIM + DIM + 4 * DIM + 4
+    assert found == {
+        "lora": head + LAYERS * 2 * 2 * (DIM + DIM),
+        "head": head,
+        "full": sum(tensor.numel() for tensor in base.values()),
+    }
     assert {method: (runs / method / "model").exists() for method in found} == {"lora": False, "head": False, "full": True}
-    base = load_pretrained("minilm", 4)[0].state_dict()
     full = load_pretrained(str(runs / "full" / "model"), 4)[0].state_dict()
     unchanged = [name for name, tensor in full.items() if torch.equal(tensor, base[name])]
     assert unchanged == []
 
 
 def test_optimizer_state_is_two_numbers_for_a_trained_parameter_and_a_count_for_a_tensor(runs):
-    for method, tensors in [("lora", 28), ("head", 4), ("full", 104)]:
+    for method, tensors in [("lora", 12), ("head", 4), ("full", 8 + 16 * LAYERS)]:
         results = read_json(runs / method / "results.json")
         assert results["train"]["optimizer_bytes"] == 2 * 4 * results["parameters"]["trainable"] + 4 * tensors
 
@@ -138,8 +148,8 @@ def test_predict_labels_with_whatever_was_trained_as_the_run_measured(runs, meth
     assert right / 48 == pytest.approx(read_json(runs / method / "results.json")["after"]["accuracy"], abs=0.05)
 
 
-def test_peft_loads_a_head_that_was_trained_alone(runs, exported):
-    base = transformers.AutoModelForSequenceClassification.from_pretrained(exported, num_labels=4)
+def test_peft_loads_a_head_that_was_trained_alone(runs, tiny):
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(tiny)
     theirs = peft.PeftModel.from_pretrained(base, runs / "head" / "adapter").eval()
     forward, tokenizer, _ = predict.load_classifier(runs / "head", None, "cpu", 256)
     ids = torch.tensor([tokenizer.encode("Oil prices rose on Monday").ids])
@@ -152,10 +162,10 @@ def test_a_whole_model_that_was_trained_loads_in_transformers(runs):
     assert classify("Oil prices rose on Monday")[0]["label"] in ("World", "Sports", "Business", "Sci/Tech")
 
 
-def test_a_run_of_every_weight_goes_on_bit_for_bit(tmp_path):
-    tiny = [*SHORT, "--method", "full", "--train-limit", "48", "--test-limit", "8", "--quiet"]
+def test_a_run_of_every_weight_goes_on_bit_for_bit(tmp_path, tiny):
+    short = [*SHORT, "--model", str(tiny), "--method", "full", "--train-limit", "48", "--test-limit", "8", "--quiet"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert train.main([*tiny, "--output-dir", str(whole)]) == 0
+    assert train.main([*short, "--output-dir", str(whole)]) == 0
     program = (
         "import os, signal, sys, train, checkpoint\n"
         "save = checkpoint.Checkpoints.save\n"
@@ -165,7 +175,7 @@ def test_a_run_of_every_weight_goes_on_bit_for_bit(tmp_path):
         "checkpoint.Checkpoints.save = die\n"
         "sys.exit(train.main(sys.argv[1:]))\n"
     )
-    command = [sys.executable, "-c", program, *tiny, "--checkpoint-every", "1", "--output-dir", str(cut)]
+    command = [sys.executable, "-c", program, *short, "--checkpoint-every", "1", "--output-dir", str(cut)]
     assert subprocess.run(command, cwd=Path(train.__file__).parent, capture_output=True).returncode == -9
     assert train.main(["--resume", str(cut)]) == 0
     assert (cut / "model" / "model.safetensors").read_bytes() == (whole / "model" / "model.safetensors").read_bytes()
@@ -199,9 +209,10 @@ def card_of(folder: Path) -> tuple[dict, str]:
     return yaml.safe_load(header), text
 
 
-def test_the_card_has_the_header_that_the_hub_reads_and_the_numbers_of_the_run(runs):
-    header, text = card_of(runs / "lora" / "adapter")
-    results = read_json(runs / "lora" / "results.json")
+def test_the_card_has_the_header_that_the_hub_reads_and_the_numbers_of_the_run(whole_run):
+    run, _ = whole_run
+    header, text = card_of(run / "adapter")
+    results = read_json(run / "results.json")
     assert header["base_model"] == "sentence-transformers/all-MiniLM-L6-v2"
     assert header["library_name"] == "peft"
     assert "base_model:adapter:sentence-transformers/all-MiniLM-L6-v2" in header["tags"]
@@ -223,33 +234,35 @@ def test_the_card_of_a_whole_model_is_for_transformers(runs):
     assert "lora" not in card_of(runs / "head" / "adapter")[0]["tags"]
 
 
-@pytest.mark.parametrize("method", ["lora", "head", "full"])
-def test_the_code_on_a_card_runs_as_it_stands(runs, method, exported, monkeypatch, capsys):
-    folder = runs / method / ("model" if method == "full" else "adapter")
+@pytest.mark.parametrize("method", ["minilm", "lora", "head", "full"])
+def test_the_code_on_a_card_runs_as_it_stands(runs, method, tiny, whole_run, tmp_path, monkeypatch, capsys):
+    run = whole_run[0] if method == "minilm" else runs / method
+    folder = run / ("model" if method == "full" else "adapter")
     blocks = re.findall(r"```python\n(.*?)```", card_of(folder)[1], flags=re.DOTALL)
     assert len(blocks) == (1 if method == "full" else 2)
-    monkeypatch.chdir(exported.parent)
+    monkeypatch.chdir(tmp_path)
     names: dict = {}
     for block in blocks:
-        block = block.replace('save_pretrained(*load_pretrained("minilm", num_labels=4), "base-as-distilbert")', "")
-        exec(block.replace("THIS_FOLDER", str(folder)).replace('"a text"', '"Oil prices rose on Monday"'), names)
+        code = block.replace("THIS_FOLDER", str(folder)).replace("BASE_MODEL", str(tiny))
+        exec(code.replace('"a text"', '"Oil prices rose on Monday"'), names)
     printed = capsys.readouterr().out.splitlines()
-    predict.main([str(runs / method), "Oil prices rose on Monday", "--json"])
+    assert len(printed) == len(blocks)
+    predict.main([str(run), "Oil prices rose on Monday", "--json"])
     ours = json.loads(capsys.readouterr().out)
     for line in printed:
-        answer = eval(line)[0]
+        answer = ast.literal_eval(line)[0]
         assert answer["label"] == ours["label"]
         assert answer["score"] == pytest.approx(ours["score"], abs=0.02)
 
 
-def test_the_card_tells_no_path_of_this_machine_and_survives_odd_label_names(tmp_path):
+def test_the_card_tells_no_path_of_this_machine_and_survives_odd_label_names(tmp_path, tiny):
     data = tmp_path / "my news"
     data.mkdir()
     for name in ("train", "test"):
-        rows = [{"text": f"text {i}", "label": ["a|b", "two\nlines: x"][i % 2]} for i in range(8)]
+        rows = [{"text": f"text {i}", "label": ["a|b", "two\nlines: x", "c", "d"][i % 4]} for i in range(8)]
         (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     folder = tmp_path / "run"
-    assert train.main(["--model", "minilm", "--dataset", str(data), "--epochs", "1", "--output-dir", str(folder)]) == 0
+    assert train.main(["--model", str(tiny), "--dataset", str(data), "--epochs", "1", "--output-dir", str(folder)]) == 0
     header, text = card_of(folder / "adapter")
     assert str(tmp_path) not in (folder / "adapter" / "README.md").read_text()
     assert header["model-index"][0]["results"][0]["dataset"]["name"] == "my news"
@@ -272,9 +285,9 @@ def test_tensorboard_shows_what_metrics_says(runs):
         assert shown == [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in lines]
 
 
-def test_without_tensorboard_installed_a_run_says_what_to_install_before_it_begins(tmp_path, monkeypatch, capsys):
+def test_without_tensorboard_installed_a_run_says_what_to_install_before_it_begins(tmp_path, tiny, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    assert train.main([*SHORT, "--tensorboard", "--output-dir", str(tmp_path / "run")]) == 2
+    assert train.main([*SHORT, "--model", str(tiny), "--tensorboard", "--output-dir", str(tmp_path / "run")]) == 2
     assert "pip install -e '.[tensorboard]'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
@@ -282,12 +295,11 @@ def test_without_tensorboard_installed_a_run_says_what_to_install_before_it_begi
 # compare.py
 
 
-def test_compare_runs_every_method_and_says_in_one_table_what_each_took(tmp_path, capsys):
+def test_compare_runs_every_method_and_says_in_one_table_what_each_took(tmp_path, tiny, capsys):
     folder = tmp_path / "three"
-    tiny = [*SHORT, "--train-limit", "16", "--test-limit", "16", "--r", "4", "--output-dir", str(folder)]
-    assert compare.main(tiny) == 0
+    assert compare.main([*SHORT, "--model", str(tiny), "--r", "4", "--output-dir", str(folder)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "model minilm, data sample: 16 examples of training"
+    assert lines[0] == f"model {tiny}, data sample: 96 examples of training"
     cells = [re.split(r"\s{2,}", line.strip()) for line in lines[1:]]
     assert [row[0] for row in cells[1:]] == ["lora", "full", "head"]
     for method, trained, _, optimizer, saved, memory, _, f1 in cells[1:]:
@@ -306,7 +318,7 @@ def test_compare_refuses_what_has_no_meaning_there_before_it_runs_anything_and_a
     assert "--method is for train.py" in capfd.readouterr().err
     assert compare.main(["--batch-size", "0"]) == 2
     assert "--batch-size is 0" in capfd.readouterr().err
-    assert compare.main(["--dataset", "nowhere", "--output-dir", str(tmp_path / "x")]) == 2
+    assert compare.main(["--model", "minilm", "--dataset", "nowhere", "--output-dir", str(tmp_path / "x")]) == 2
     said = capfd.readouterr().err
     assert "there is no data set 'nowhere'" in said
     assert "--method full" not in said

