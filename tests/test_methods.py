@@ -267,7 +267,7 @@ def test_the_card_tells_no_path_of_this_machine_and_survives_odd_label_names(tmp
     assert str(tmp_path) not in (folder / "adapter" / "README.md").read_text()
     assert header["model-index"][0]["results"][0]["dataset"]["name"] == "my news"
     assert "| 0 | a/b |" in text
-    assert "| 1 | two lines: x |" in text
+    assert "| 3 | two lines: x |" in text
 
 
 # TensorBoard
