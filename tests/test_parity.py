@@ -35,6 +35,7 @@ DISTILBERT = {
     "init False": {"r": 3, "init_lora_weights": False},
     "patterns": {"r": 2, "rank_pattern": {"q_lin": 4, "layer.1.attention.v_lin": 3}, "alpha_pattern": {"q_lin": 32}},
     "one layer": {"r": 3, "layers_to_transform": [1]},
+    "the head alone": {"r": 3, "target_modules": "dummy-target-modules"},
     "a LayerNorm trained, too": {"r": 3, "modules_to_save": ["sa_layer_norm"]},
 }
 BERT = {

@@ -154,8 +154,6 @@ def test_a_newcomer_gets_from_a_clone_to_labelled_text_in_four_commands(tmp_path
     four = re.search(r"(?:^    (?:git|pip|python) .*\n){4}", README, flags=re.MULTILINE)
     assert four
     first, install, teach, label = four[0].splitlines()
-        1
-    ].splitlines()  # type: ignore[index]
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     script = f"""
 set -e
