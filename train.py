@@ -14,43 +14,33 @@ torchrun --nnodes 2 --node-rank 0 --nproc-per-node 4 --master-addr HOST --master
 import dataclasses
 import io
 import itertools
-import json
 import math
-import platform
-import shutil
 import sys
 import time
-from collections.abc import Callable
 from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
 from torch import nn
 from tqdm import tqdm
 
-from checkpoint import FOLDER as CHECKPOINTS
 from checkpoint import Checkpoint, Checkpoints, Signals, fingerprint, read_newest
-from data import TokenizedTexts, load_dataset, micro_batches, tokenize, training_batches
+from data import TokenizedTexts, micro_batches, training_batches
 from errors import UserError, exit_status
-from evaluate import Forward, evaluate, f1_per_class, macro_f1, progress, scores
-from files import HubUnreachable, write_file
+from evaluate import Forward, evaluate, f1_per_class, macro_f1, progress
 from identities import frozen_sha256, identities
-from lora import PeftModel, count_parameters, get_peft_model, print_trainable_parameters
-from machine import cast_frozen_matrices, choose_device, choose_dtype, peak_memory_mb
-from model import DistilBertForSequenceClassification, hub_commit, load_pretrained, save_pretrained, weights_sha256
-from model_card import model_card
+from inputs import load_inputs
+from lora import get_peft_model, print_trainable_parameters
+from machine import cast_frozen_matrices, choose_device, choose_dtype
 from optimizer import AdamW, parameter_groups, schedule
-from options import DEFAULT_DATASET, DEFAULT_MODEL, EMBEDDED_DATASET, EMBEDDED_MODEL, Options, parse
+from options import Options, parse
+from outputs import Metrics, check_outputs, make_folder, save_run, summary
 from processes import Processes
-from run_folder import Metrics, check_folders, make_folder, save_trained, summary_writer
 
 LOG_EVERY = 10  # steps
-PACKAGES = ("torch", "tokenizers", "safetensors", "huggingface-hub", "numpy")
 
 
 def run(options: Options, saved: Checkpoint | None = None) -> dict[str, Any]:
@@ -59,140 +49,55 @@ def run(options: Options, saved: Checkpoint | None = None) -> dict[str, Any]:
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
     config = options.lora_config()
-    output_dir = saved.run if saved else Path(options.output_dir or f"runs/{datetime.now():%Y-%m-%d-%H%M%S}")
+    folder = saved.run if saved else Path(options.output_dir or f"runs/{datetime.now():%Y-%m-%d-%H%M%S}")
     if processes.first:
-        check_folders(output_dir, options.merged_output, new=saved is None)
-        if options.tensorboard:
-            summary_writer()
+        check_outputs(folder, options, new=saved is None)
     processes.join(device)
 
-    # Data and model: what was asked for, or, where nothing was and there is no hub, what is embedded.
-    asked_data, asked_model = (saved.dataset, saved.model) if saved else (options.dataset, options.model)
-    dataset, dataset_name, data_notice = load_or_step_in(load_dataset, asked_data, DEFAULT_DATASET, EMBEDDED_DATASET)
-    names = dataset.label_names
-    if asked_model is None and options.revision is not None:
-        asked_model = DEFAULT_MODEL
-
-    def load_at_commit(name: str) -> tuple[DistilBertForSequenceClassification, Tokenizer, str | None]:
-        commit = (saved and saved.commit) or hub_commit(name, options.revision)  # for a branch may move while we train
-        return *load_pretrained(name, len(names), commit or options.revision), commit
-
-    def load_base() -> DistilBertForSequenceClassification:
-        return load_pretrained(model_name, len(names), commit or options.revision)[0]
-
-    torch.manual_seed(options.seed)  # the head starts at random
-    loaded_model, model_name, model_notice = load_or_step_in(load_at_commit, asked_model, DEFAULT_MODEL, EMBEDDED_MODEL)
-    base, tokenizer, commit = loaded_model
-    sha256 = weights_sha256(model_name, commit or options.revision)
-    notice = saved.notice if saved else "\n".join(filter(None, [model_notice, data_notice]))
-    if notice:
-        print(notice)
-    if options.max_length > base.config.max_position_embeddings:
-        raise UserError(
-            f"--max-length is {options.max_length}, and {model_name} reads {base.config.max_position_embeddings} tokens"
-        )
-    if options.r > base.config.dim:
-        raise UserError(f"--r is {options.r}, and no layer of {model_name} has a rank above {base.config.dim}")
-    train_split, test_split = dataset.train.first(options.train_limit), dataset.test.first(options.test_limit)
-    train_texts = tokenize(tokenizer, train_split.texts, options.max_length)
-    test_texts = tokenize(tokenizer, test_split.texts, options.max_length)
-    print(f"model {model_name}, data {dataset_name}: {len(train_split):,} examples to train on, {len(test_split):,} to test on")
+    # Data and model.
+    inputs = load_inputs(options, saved)
+    model: nn.Module = inputs.base
 
     # LoRA: everything is frozen but the adapters and the head. (Or but the head; or nothing is: --method.)
-    model: nn.Module = base
     if options.method != "full":
-        model = get_peft_model(base, dataclasses.replace(config, base_model_name_or_path=model_name))
+        model = get_peft_model(model, dataclasses.replace(config, base_model_name_or_path=inputs.model))
     print_trainable_parameters(model)
-    trainable, total = count_parameters(model)
-    data = [train_texts.ids, train_split.labels, test_texts.ids, test_split.labels]
-    loaded = fingerprint(options, dtype, f"{sha256} {base.config}", data)
+    alike = fingerprint(options, dtype, f"{inputs.sha256['weights']} {inputs.base.config}", inputs.sha256["data"])
     if saved:
-        saved.refuse_changes(processes.world, loaded)
-    processes.agree(loaded)
+        saved.refuse_changes(processes.world, alike)
+    processes.agree(alike)
     cast_frozen_matrices(model.to(device), dtype)
     forward = Forward(model, device, dtype)
     frozen = None if options.quiet else frozen_sha256(model)
     if not options.quiet:
-        print("\n".join(identities(forward, train_texts, train_split.labels)))
+        print("\n".join(identities(forward, inputs.train_texts, inputs.train_labels)))
     if frozen:
         print(f"frozen weights before training: sha256 {frozen[:16]}")
 
     # Evaluate, train, evaluate.
     def score(what: str) -> np.ndarray:
-        return evaluate(forward, test_texts, test_split.labels, len(names), processes, what)
+        return evaluate(forward, inputs.test_texts, inputs.test_labels, len(inputs.label_names), processes, what)
 
-    with Signals(output_dir) as signals:
+    with Signals(folder) as signals:
         if processes.first:
-            make_folder(output_dir)
+            make_folder(folder)
         before = np.array(saved.before) if saved else score("before")
         print(f"macro-F1 before training: {macro_f1(before):.4f}")
-        about = {
-            "options": dataclasses.asdict(options),
-            "model": model_name,
-            "commit": commit,
-            "dataset": dataset_name,
-            "notice": notice,
-            "processes": processes.world,
-            "fingerprint": loaded,
-            "before": before.tolist(),
-        }
-        checkpoints = Checkpoints(output_dir, options.checkpoint_every, about, write=processes.first)
-        trained = train(forward, train_texts, train_split.labels, options, processes, signals, checkpoints, saved)
+        about = {"options": dataclasses.asdict(options), "processes": processes.world, "fingerprint": alike}
+        about |= {**inputs.found(), "before": before.tolist()}
+        checkpoints = Checkpoints(folder, options.checkpoint_every, about, write=processes.first)
+        measured = train(forward, inputs.train_texts, inputs.train_labels, options, processes, signals, checkpoints, saved)
         after = score("after")
         print(f"macro-F1 after training:  {macro_f1(after):.4f}")
-        for name, f1 in zip(names, f1_per_class(after), strict=True):
+        for name, f1 in zip(inputs.label_names, f1_per_class(after), strict=True):
             print(f"  F1 of {name:<20} {f1:.4f}")
         if frozen:
-            same = frozen_sha256(model) == frozen
-            print(f"frozen weights after training:  {'the same' if same else 'NOT THE SAME'}")
+            print(f"frozen weights after training:  {'the same' if frozen_sha256(model) == frozen else 'NOT THE SAME'}")
         processes.leave()
-
-        # Keep the result; results.json is written last, and says that the run has ended.
-        results = {
-            "model": model_name,
-            "dataset": dataset_name,
-            "embedded": bool(notice),
-            "commit": commit,
-            "sha256": {"weights": sha256, "data": loaded["the data"]},
-            "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
-            "seed": options.seed,
-            "device": device.type,
-            "dtype": str(dtype).removeprefix("torch."),
-            "processes": processes.world,
-            "options": dataclasses.asdict(options),
-            "parameters": {"trainable": trainable, "all": total, "percent": round(100 * trainable / total, 4)},
-            "before": scores(before, names),
-            "after": scores(after, names),
-            "train": trained | {"peak_memory_mb": peak_memory_mb(device)},
-        }
-        if not processes.first:
-            return results
-        folder, difference = save_trained(output_dir, forward, tokenizer, names, model_card(results), test_texts, load_base)
-        if options.merged_output is not None:
-            merged = load_base()  # in float32, of which a merge costs no more than rounding
-            PeftModel.from_pretrained(merged, folder).merge_and_unload()
-            save_pretrained(merged, tokenizer, options.merged_output, names)
-        write_file(output_dir / "results.json", json.dumps(results, indent=2).encode() + b"\n")
-        shutil.rmtree(output_dir / CHECKPOINTS, ignore_errors=True)
-    equal = "equal logits" if difference == 0 else f"logits equal to {difference:.0e}"
-    print(f"saved {output_dir}/results.json, metrics.jsonl and {folder.name} (loaded again: {equal})")
-    if options.merged_output is not None:
-        print(f"saved {options.merged_output}, the merged model")
-    if notice:
-        print(notice)
+        results = summary(options, inputs, forward, processes, before, after, measured)
+        if processes.first:
+            save_run(folder, results, forward, inputs, options)
     return results
-
-
-def load_or_step_in(load: Callable[[str], Any], asked: str | None, default: str, embedded: str) -> tuple[Any, str, str]:
-    """(what was loaded, its name, a notice if the embedded one stepped in). A name that was typed is obeyed or refused."""
-    try:
-        name = default if asked is None else asked
-        return load(name), name, ""
-    except HubUnreachable:
-        if asked is not None:
-            raise
-    notice = f"{default} is not on this machine and the hub cannot be reached: the embedded {embedded} steps in"
-    return load(embedded), embedded, notice
 
 
 def train(

@@ -24,7 +24,7 @@ from identities import frozen_sha256, identities
 from lora import LoraConfig, LoRALinear, get_peft_model
 from model import DistilBertConfig, DistilBertForSequenceClassification, load_pretrained, save_pretrained
 from options import LEARNING_RATES, OF_LORA, Options
-from run_folder import EVENTS
+from outputs import EVENTS
 
 SHORT = ["--dataset", "sample", "--train-limit", "96", "--test-limit", "48", "--epochs", "1"]
 DIM, LAYERS = 48, 2
