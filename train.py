@@ -364,7 +364,7 @@ def start(typed: dict[str, Any]) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # rather than fail at a class name that the console cannot show
-    return exit_status("train.py", lambda: start(parse(arguments, __doc__)))
+    return exit_status("train.py", lambda: start(parse(arguments, __doc__)), needs_output=False)
 
 
 if __name__ == "__main__":
