@@ -68,8 +68,8 @@ def exit_status(program: str, run: Callable[[], object], needs_output: bool = Tr
     """Run a program. Its status: 0 if it ends well, 2 with one line on standard error if the user must mend something, and
     128 + n if signal n ended it. One that does not need its output goes on to its end when that cannot be written."""
     streams = sys.stdout, sys.stderr
-    sys.stdout = output = Output(sys.stdout, raises=needs_output)  # type: ignore[assignment]
-    sys.stderr = Output(sys.stderr, raises=False)  # type: ignore[assignment]
+    sys.stdout = output = Output(sys.stdout, raises=needs_output)
+    sys.stderr = Output(sys.stderr, raises=False)
     try:
         run()
         output.flush()
