@@ -38,7 +38,7 @@ from checkpoint import Checkpoint, Checkpoints, Signals, fingerprint, read_newes
 from data import TokenizedTexts, evaluation_batches, load_dataset, micro_batches, tokenize, training_batches
 from errors import UserError, exit_status
 from evaluate import Forward, evaluate, f1_per_class, macro_f1, progress, scores
-from files import HubUnreachable, append_line, new_folder, refuse_to_overwrite, write_file
+from files import HubUnreachable, append_line, new_folder, refuse_if_unwritable, refuse_to_overwrite, write_file
 from lora import PeftModel, get_peft_model
 from machine import cast_frozen_matrices, choose_device, choose_dtype, peak_memory_mb
 from model import DistilBertForSequenceClassification, hub_commit, load_pretrained, save_pretrained, weights_sha256
@@ -103,7 +103,7 @@ def run(options: Options, saved: Checkpoint | None = None) -> dict[str, Any]:
     loaded = fingerprint(options, dtype, f"{sha256} {base.config}", data)
     if saved:
         saved.refuse_changes(processes.world, loaded)
-    processes.agree(loaded)
+    processes.agree(loaded | {"the checkpoint": saved and saved.step})
     cast_frozen_matrices(model.to(device), dtype)
     forward = Forward(model, device, dtype)
 
@@ -196,7 +196,7 @@ def save_adapter(
 
 
 def check_folders(output_dir: Path, merged_output: str | None, new: bool) -> None:
-    """Raises UserError if the results would overwrite something, or each other."""
+    """Raises UserError if the results would overwrite something, or each other, or the model could not be written at the end."""
     if new:
         refuse_to_overwrite(output_dir)
     if merged_output is not None:
@@ -204,6 +204,7 @@ def check_folders(output_dir: Path, merged_output: str | None, new: bool) -> Non
         refuse_to_overwrite(merged_dir)
         if merged_dir in [run_dir, *run_dir.parents] or merged_dir in [run_dir / name for name in RUN_FILES]:
             raise UserError(f"--merged-output {merged_output} is in the way of {output_dir}: name another folder")
+        refuse_if_unwritable(merged_dir)
 
 
 def load_or_step_in(load: Callable[[str], Any], asked: str | None, default: str, embedded: str) -> tuple[Any, str, str]:
