@@ -234,7 +234,7 @@ def refuse_if_unwritable(folder: Path) -> None:
             pass
     finally:
         for path in missing:
-            with contextlib.suppress(OSError):  # it could not be made
+            with contextlib.suppress(OSError, ValueError):  # it could not be made
                 path.rmdir()
 
 

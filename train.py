@@ -196,7 +196,7 @@ def save_adapter(
 
 
 def check_folders(output_dir: Path, merged_output: str | None, new: bool) -> None:
-    """Raises UserError if the results would overwrite something, or each other, or the model could not be written at the end."""
+    """Raises UserError if the results would overwrite something, or each other, or could not be written at the end."""
     if new:
         refuse_to_overwrite(output_dir)
     if merged_output is not None:
