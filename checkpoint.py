@@ -10,9 +10,11 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 import signal
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,11 @@ from errors import Stopped, UserError
 from files import read_metadata, read_safetensors, write_file
 from optimizer import AdamW
 from options import Options, flag
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 FOLDER = "checkpoints"
 KEEP = 2
@@ -84,7 +91,10 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """Those of one run, KEEP of them at a time. Each says `about` of the run; only one process is to write any."""
+    """Those of one run, KEEP of them at a time. Each says `about` of the run; only one process is to write any.
+
+    From `clean` on, the run's folder is locked for as long as this object, or the process, lives.
+    """
 
     def __init__(self, run: Path, every: int | None, about: dict[str, Any], write: bool):
         self.run, self.every, self.about, self.write = run, every, about, write
@@ -111,18 +121,42 @@ class Checkpoints:
         self.cost = self.last - start
 
     def clean(self, step: int) -> None:
-        """Begin the run, or undo what it did after `step`: lines of metrics, the last perhaps cut short, and files."""
+        """Begin the run, or undo what it did after `step`: lines of metrics, the last perhaps cut short, and files.
+
+        Raises UserError if another process is at work on the run, or what is to be undone cannot be.
+        """
         if not self.write:
             return
+        self.lock()
+        if (self.run / "results.json").exists():
+            raise UserError(f"another run has ended in {self.run} meanwhile: name another folder")
         metrics = self.run / "metrics.jsonl"
+        later = [path for path in newest_first(self.run) if path.stem > f"step-{step:08}"]  # damaged, or not gone on from
         try:
             ended = [path for name in ("adapter", "model") for path in (*self.run.glob(f".{name}.*"), self.run / name)]
-            for half in [*self.run.rglob(".*.partial"), *ended]:
+            for half in [*self.run.rglob(".*.partial"), *ended, *later]:
                 shutil.rmtree(half) if half.is_dir() else half.unlink(missing_ok=True)
             lines = metrics.read_bytes().splitlines(keepends=True) if metrics.exists() else []
         except OSError as error:
             raise UserError(f"{error.filename} is in the way of the run, and cannot be removed: {error.strerror}") from error
-        write_file(metrics, b"".join(line for line in lines if line.endswith(b"}\n") and json.loads(line)["step"] <= step))
+        kept = []
+        for number, line in enumerate(lines, 1):
+            try:
+                kept += [line] if line.endswith(b"\n") and json.loads(line)["step"] <= step else []
+            except (ValueError, TypeError, KeyError) as error:
+                raise UserError(f"{metrics}, line {number}: damaged; remove the line, and go on") from error
+        write_file(metrics, b"".join(kept))
+
+    def lock(self) -> None:
+        if fcntl is None:
+            return
+        with contextlib.suppress(OSError):  # some network's files know no locks
+            handle = os.open(self.run, os.O_RDONLY)
+            weakref.finalize(self, os.close, handle)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(f"another process is at work on the run in {self.run}: let it end, or end it") from error
 
 
 def tensors_of(model: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
@@ -161,8 +195,10 @@ def _read(path: Path) -> Checkpoint:
     if sha256(state, tensors) != metadata.get("sha256"):
         raise UserError(f"{path} is damaged (its sha256 differs)")
     try:
-        return Checkpoint(path, tensors, **json.loads(state))
-    except TypeError as error:
+        saved = Checkpoint(path, tensors, **json.loads(state))
+        Options(**saved.options)
+        return saved
+    except (TypeError, ValueError) as error:
         raise UserError(f"{path} was written by another version of this program") from error
 
 
@@ -170,7 +206,7 @@ def sha256(state: str, tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256(state.encode())
     for key, tensor in sorted(tensors.items()):
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.numpy().tobytes())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)  # NumPy has no bfloat16
     return digest.hexdigest()
 
 

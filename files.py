@@ -197,7 +197,7 @@ def new_folder(folder: Path | str) -> Iterator[Path]:
     refuse_to_overwrite(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name[:40]}.", dir=folder.parent))  # no longer than a name may be
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror}") from error
     try:
@@ -216,33 +216,60 @@ def new_folder(folder: Path | str) -> Iterator[Path]:
 def refuse_to_overwrite(folder: Path) -> None:
     """Raises UserError if there is anything at `folder` that a new run or model would mix with."""
     try:
-        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-            raise UserError(f"{folder} exists and is not an empty folder: name another, or move it away")
-        if folder.resolve() == Path.cwd():
-            raise UserError(f"{folder} is the folder that you are in: name another")
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror}; name another folder") from error
+        full = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
+        here = folder.resolve() == Path.cwd()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} cannot be written: {_why(error)}; name another folder") from error
+    if full:
+        raise UserError(f"{folder} exists and is not an empty folder: name another, or move it away")
+    if here:
+        raise UserError(f"{folder} is the folder that you are in: name another")
+
+
+def refuse_if_unwritable(folder: Path) -> None:
+    """Raises UserError now if `new_folder(folder)` would later, when its content has been computed. Leaves nothing behind."""
+    missing = [path for path in [folder, *folder.parents] if not path.exists()]
+    try:
+        with new_folder(folder):
+            pass
+    finally:
+        for path in missing:
+            with contextlib.suppress(OSError, ValueError):  # it could not be made
+                path.rmdir()
+
+
+def make_folder(folder: Path | str) -> Path:
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} cannot be written: {_why(error)}") from error
+    return Path(folder)
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: to a temporary sibling, flushed to disk, then renamed. Makes its folder."""
+    """Write a file whole or not at all: to a temporary sibling, flushed to disk, then renamed. Makes its folder, but no more:
+    where that one's own folder has vanished, something is wrong."""
     temporary = path.with_name(f".{path.name}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(exist_ok=True)
         temporary.write_bytes(content)
         _flush(temporary)
         os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+        _flush(path.parent)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be written: {_why(error)}") from error
     finally:
-        with contextlib.suppress(OSError):  # it was renamed, or there is no folder for it
+        with contextlib.suppress(OSError, ValueError):  # it was renamed, or there is no folder for it
             temporary.unlink()
 
 
 def append_line(path: Path, line: str) -> None:
+    """Append to a file, and flush it to disk."""
     try:
         with open(path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from error
 
@@ -255,6 +282,11 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _why(error: OSError | ValueError) -> str:
+    """What the system says, or Python of a name that is none (with a NUL, or half a character)."""
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _umask() -> int:

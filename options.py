@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import math
 import re
+import sys
 import typing
 from dataclasses import dataclass, field
 from typing import Any
@@ -87,6 +88,8 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"{flag(name)} is {value}; it must be {least} at least")
+            if value is not None and value >= 1 << 31 and name != "seed":
+                raise UserError(f"{flag(name)} is {value}; it must be below 2**31")
         if self.seed >= 1 << 63:
             raise UserError(f"--seed is {self.seed}; it must be below 2**63")
         if not 0 < self.learning_rate < 1e30:
@@ -127,6 +130,14 @@ def flag(name: str) -> str:
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         raise UserError(f"{message}; see {self.prog} --help")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        for argument in sys.argv[1:] if args is None else args:
+            try:
+                argument.encode()
+            except UnicodeEncodeError as error:  # no tokenizer reads such a text, and none is read from such a file
+                raise UserError(f"{argument!r} on the command line is not UTF-8: write, or name, it so") from error
+        return super().parse_known_args(args, namespace)
 
 
 def parse(arguments: list[str] | None, description: str | None) -> dict[str, Any]:

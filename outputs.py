@@ -17,7 +17,7 @@ from checkpoint import FOLDER as CHECKPOINTS
 from data import evaluation_batches
 from errors import UserError
 from evaluate import Forward, scores
-from files import append_line, new_folder, refuse_to_overwrite, write_file
+from files import append_line, new_folder, refuse_if_unwritable, refuse_to_overwrite, write_file
 from inputs import Inputs
 from lora import PeftModel, count_parameters
 from machine import cast_frozen_matrices, peak_memory_mb
@@ -42,14 +42,7 @@ def check_outputs(run: Path, options: Options, new: bool) -> None:
         refuse_to_overwrite(merged_dir)
         if merged_dir in [run_dir, *run_dir.parents] or merged_dir in [run_dir / name for name in FILES]:
             raise UserError(f"--merged-output {options.merged_output} is in the way of {run}: name another folder")
-
-
-def make_folder(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output-dir {folder} cannot be made: {error.strerror}") from error
-    return folder
+        refuse_if_unwritable(merged_dir)
 
 
 class Metrics:

@@ -6,6 +6,7 @@ python predict.py an/adapter/of/peft --model distilbert-base-uncased < texts   a
 """
 
 import argparse
+import io
 import itertools
 import json
 import sys
@@ -119,11 +120,13 @@ def run(arguments: list[str] | None) -> None:
                 for name, score in sorted(answer["scores"].items(), key=lambda item: -item[1]):
                     print(f"  {score:.4f}  {name}")
             else:
-                print(json.dumps(answer, ensure_ascii=False))
+                print(json.dumps(answer, ensure_ascii=sys.stdout.encoding != "utf-8"))
             bar.update()
 
 
 def main(arguments: list[str] | None = None) -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # rather than fail at a text that the console cannot show
     return exit_status("predict.py", lambda: run(arguments))
 
 

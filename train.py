@@ -31,13 +31,14 @@ from checkpoint import Checkpoint, Checkpoints, Signals, fingerprint, read_newes
 from data import TokenizedTexts, micro_batches, training_batches
 from errors import UserError, exit_status
 from evaluate import Forward, evaluate, f1_per_class, macro_f1, progress
+from files import make_folder
 from identities import frozen_sha256, identities
 from inputs import load_inputs
 from lora import get_peft_model, print_trainable_parameters
 from machine import cast_frozen_matrices, choose_device, choose_dtype
 from optimizer import AdamW, parameter_groups, schedule
 from options import Options, parse
-from outputs import Metrics, check_outputs, make_folder, save_run, summary
+from outputs import Metrics, check_outputs, save_run, summary
 from processes import Processes
 
 LOG_EVERY = 10  # steps
@@ -65,7 +66,7 @@ def run(options: Options, saved: Checkpoint | None = None) -> dict[str, Any]:
     alike = fingerprint(options, dtype, f"{inputs.sha256['weights']} {inputs.base.config}", inputs.sha256["data"])
     if saved:
         saved.refuse_changes(processes.world, alike)
-    processes.agree(alike)
+    processes.agree(alike | {"the checkpoint": saved and saved.step})
     cast_frozen_matrices(model.to(device), dtype)
     forward = Forward(model, device, dtype)
     frozen = None if options.quiet else frozen_sha256(model)
@@ -240,7 +241,7 @@ def start(typed: dict[str, Any]) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # rather than fail at a class name that the console cannot show
-    return exit_status("train.py", lambda: start(parse(arguments, __doc__)))
+    return exit_status("train.py", lambda: start(parse(arguments, __doc__)), needs_output=False)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """Texts to label, one at a time, from a file or standard input of any size."""
 
 import csv
+import io
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+from data.datasets import LONGEST_TEXT
 from errors import UserError
 
 
@@ -15,7 +17,10 @@ def read_texts(path: Path | None) -> Iterator[str]:
 
     Raises UserError, with file and line, for what cannot be read.
     """
+    csv.field_size_limit(LONGEST_TEXT)
     if path is None:
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")  # whatever the terminal's language
         yield from _read(sys.stdin, "standard input", "")
         return
     try:
@@ -34,6 +39,8 @@ def _read(file: TextIO, name: str, suffix: str) -> Iterator[str]:
                 text = row.get("text")
                 if text is None:
                     raise UserError(f"{name}, line {line}: want a field `text`, named in the first line")
+                if None in row:  # else the rest of a text after its comma would be lost
+                    raise UserError(f"{name}, line {line}: more fields than the first line names: quote the texts")
                 yield text
         for line, content in enumerate(file, 1):  # noqa: B007 - for the errors below
             yield _text_of(content) if suffix == ".jsonl" else content.rstrip("\r\n")

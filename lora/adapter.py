@@ -3,6 +3,7 @@
 The keys are those of the model behind peft's prefix: `base_model.model.` + `distilbert.transformer...q_lin.lora_A.weight`.
 """
 
+import os
 import re
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from errors import UserError
-from files import read_safetensors, write_file
+from files import make_folder, read_safetensors, write_file
 from lora.config import CONFIG_FILE, LoraConfig
 from lora.inject import ModuleToSave
 from lora.layer import LoRALinear
@@ -45,23 +46,23 @@ def save_adapter(model: nn.Module, config: LoraConfig, folder: str | Path) -> No
 
     Raises UserError if a tensor is not finite, and if the folder holds a whole model or cannot be written.
     """
-    folder = Path(folder)
     tensors = {key: tensor.float().cpu().contiguous() for key, tensor in adapter_tensors(model).items()}
     if not tensors:
         raise UserError("there is no LoRA in this model to save: it was unloaded")
     _refuse_what_is_not_finite(tensors, "the adapter")
+    folder = make_folder(folder)
     if (folder / "config.json").exists():
         raise UserError(f"{folder} holds a config.json, beside which transformers finds no adapter: name another folder")
     write_file(folder / WEIGHTS_FILE, safetensors.torch.save(tensors, metadata={"format": "pt"}))
     config.save_pretrained(folder)
     if not (folder / "README.md").exists():
-        write_file(folder / "README.md", _model_card(config).encode())
+        write_file(folder / "README.md", _model_card(config).encode(errors="backslashreplace"))
 
 
 def read_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     """The configuration and the tensors of an adapter folder. Raises UserError if either cannot be trusted."""
     folder = Path(folder)
-    if not (folder / CONFIG_FILE).is_file():
+    if not os.path.isfile(folder / CONFIG_FILE):  # unlike Path.is_file, it has an answer for a name that is too long
         raise UserError(f"{folder} is no adapter: it holds no {CONFIG_FILE}")
     config = LoraConfig.from_pretrained(folder)
     path = folder / WEIGHTS_FILE

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError
-from files import read_json, write_file
+from files import make_folder, read_json, write_file
 
 HIGHEST_RANK = 1 << 20
 LARGEST_ALPHA = 1e30
@@ -26,6 +26,7 @@ IGNORED = {
 }
 # ... and the starts of A and B that leave W0 alone, so that a trained adapter no longer depends on them.
 HARMLESS_INIT = (True, False, "gaussian", "orthogonal", "eva")
+NO_REGEX = (re.error, OverflowError, RecursionError)  # what `re` raises at one that is wrong, too long or too deep
 
 
 def _is_number(value: Any) -> bool:
@@ -34,6 +35,11 @@ def _is_number(value: Any) -> bool:
 
 def _is_list(value: Any, kind: type) -> bool:
     return isinstance(value, list) and all(type(item) is kind for item in value)
+
+
+def pattern_in_name(pattern: str) -> str:
+    """The regular expression that matches the names which end in what `pattern` matches."""
+    return rf"(.*\.)?({pattern})$"
 
 
 # What the rest of the code takes for granted; JSON, and a script, can hold anything under these names.
@@ -100,8 +106,8 @@ class LoraConfig:
                 raise UserError(f"{item.name} is {value!r}, which is of the wrong type")
         for pattern in [*self.rank_pattern, *self.alpha_pattern]:
             try:
-                re.compile(pattern)
-            except re.error as error:
+                re.compile(pattern_in_name(pattern))
+            except NO_REGEX as error:
                 raise UserError(f"rank_pattern and alpha_pattern: {pattern!r} is no regular expression: {error}") from error
         for name, r in {"r": self.r, **{f"rank_pattern[{key!r}]": r for key, r in self.rank_pattern.items()}}.items():
             if isinstance(r, bool) or not isinstance(r, int) or not 1 <= r < HIGHEST_RANK:
@@ -153,7 +159,7 @@ class LoraConfig:
         # however A and B started: a trained adapter no longer depends on it
         values |= {"peft_type": "LORA", "inference_mode": True, "init_lora_weights": True}
         text = json.dumps(values, indent=2, sort_keys=True)
-        write_file(Path(folder) / CONFIG_FILE, text.encode() + b"\n")
+        write_file(make_folder(folder) / CONFIG_FILE, text.encode() + b"\n")
 
 
 PeftConfig = LoraConfig  # peft's name for the configuration of any method; LoRA is the one here

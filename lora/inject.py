@@ -49,6 +49,7 @@ class ModuleToSave(nn.Module):
         return output.to(dtype) if dtype and isinstance(output, Tensor) else output  # over 16-bit weights, 16 bits again
 
 
+@torch.inference_mode(False)  # where it is on, tensors are made that can never be trained
 def inject(model: nn.Module, config: LoraConfig) -> None:
     """Put LoRA into `model`, in place, and freeze all of it but the adapters, the head and the biases asked for.
 
@@ -150,6 +151,7 @@ def unmerge(model: nn.Module) -> None:
             module.unmerge()
 
 
+@torch.inference_mode(False)
 def unload(model: nn.Module, merged: bool) -> None:
     """Take LoRA out: `model` as it was before, or, `merged`, with dW in its weights and the trained head in place.
 

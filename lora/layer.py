@@ -78,6 +78,7 @@ class LoRALinear(nn.Linear):
         """W0 + dW, (d_out, d_in)."""
         return (self.weight if self.W0 is None else self.W0) + self.delta_weight()
 
+    @torch.inference_mode(False)  # where it is on, tensors are made that can never be trained again
     @torch.no_grad()
     def merge(self) -> None:
         """Make `weight` W0 + dW, so that LoRA costs nothing at inference (section 4.1). Merging twice is merging once.

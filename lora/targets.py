@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from errors import UserError
-from lora.config import NO_TARGETS, LoraConfig
+from lora.config import NO_REGEX, NO_TARGETS, LoraConfig, pattern_in_name
 
 
 def find_targets(model: nn.Module, config: LoraConfig, head: list[str]) -> list[str]:
@@ -26,7 +26,7 @@ def find_targets(model: nn.Module, config: LoraConfig, head: list[str]) -> list[
     elif isinstance(wanted, str):
         try:
             found = [name for name in modules if re.fullmatch(wanted, name)]
-        except re.error as error:
+        except NO_REGEX as error:
             raise UserError(f"target_modules is {wanted!r}, which is no regular expression: {error}") from error
     else:
         for end in wanted:
@@ -81,7 +81,7 @@ def find_head(model: nn.Module, config: LoraConfig) -> list[str]:
 def pattern_value(patterns: dict[str, Any], name: str, usual: Any) -> Any:
     """The value of the first pattern that the end of `name` matches, or the usual one."""
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+        if re.match(pattern_in_name(pattern), name):
             return value
     return usual
 

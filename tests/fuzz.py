@@ -169,6 +169,7 @@ def targets(root: Path) -> dict[str, Target]:
     save_pretrained(model, tokenizer, root / "whole")
 
     run = root / "run"
+    run.mkdir()
     optimizer = AdamW([{"params": [p for p in peft.parameters() if p.requires_grad], "lr": 0.1}], 0.0)
     about = {
         "options": {},

@@ -180,3 +180,29 @@ def test_an_adapter_that_is_not_finite_is_never_saved(tmp_path):
     with pytest.raises(UserError, match="no finite number"):
         model.save_pretrained(tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("x" * 300, id="a name too long"),
+        pytest.param("a/" * 3000, id="a path too long"),
+        "a\0b",
+        "half \ud800 a character",
+        "/dev/null/below",
+    ],
+)
+def test_a_name_that_no_folder_can_have_is_refused_and_read_as_no_adapter(tmp_path, name):
+    model = get_peft_model(base_model("distilbert"), LoraConfig(r=3, target_modules=["q_lin"]))
+    for save in (model.save_pretrained, LoraConfig().save_pretrained):
+        with pytest.raises(UserError, match="cannot be written"):
+            save(tmp_path / name)
+    with pytest.raises(UserError, match="is no adapter"):
+        model.load_adapter(tmp_path / name)
+    assert not list(tmp_path.rglob("*.*"))
+
+
+def test_a_base_model_whose_name_is_not_utf_8_is_written_down_all_the_same(tmp_path):
+    model = get_peft_model(base_model("distilbert"), LoraConfig(target_modules=["q_lin"], base_model_name_or_path="caf\udce9"))
+    model.save_pretrained(tmp_path)
+    assert LoraConfig.from_pretrained(tmp_path).base_model_name_or_path == "caf\udce9"

@@ -458,6 +458,9 @@ def run_refusal(capsys, tmp_path, *arguments, model="minilm", dataset="sample"):
         ("--lora-dropout 1.5", ["lora_dropout is 1.5", "less than 1"]),
         ("--bias foo", ["bias is 'foo'", "none, all or lora_only"]),
         ("--epochs 0", ["--epochs is 0", "1 at least"]),
+        pytest.param("--epochs 1" + "0" * 400, ["--epochs is 1000", "below 2**31"], id="--epochs 1e400"),
+        pytest.param("--batch-size 1" + "0" * 400, ["--batch-size is 1000", "below 2**31"], id="--batch-size 1e400"),
+        ("--merged-output caf\udce9", ["'caf\\udce9' on the command line is not UTF-8"]),
         ("--batch-size -1", ["--batch-size is -1", "1 at least"]),
         ("--train-limit 0", ["--train-limit is 0"]),
         ("--test-limit 0", ["--test-limit is 0"]),
@@ -550,7 +553,7 @@ def test_an_empty_name_is_refused_and_not_taken_for_the_default(capsys, tmp_path
     [
         ("file", "exists and is not an empty folder: name another, or move it away"),
         ("full", "exists and is not an empty folder: name another, or move it away"),
-        ("file/below", "cannot be made: Not a directory"),
+        ("file/below", "cannot be written: Not a directory"),
         pytest.param("x" * 300, "cannot be written: File name too long", id="long"),
     ],
 )

@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 import checkpoint
 from checkpoint import Checkpoints, newest_first, read_newest
 from errors import UserError
+from files import append_line
 from model import DistilBertConfig, DistilBertForSequenceClassification, save_pretrained
 from options import Options
 from train import main
@@ -80,20 +81,29 @@ def assert_same_end(run: Path, other: Path) -> None:
     assert results[0]["after"] == results[1]["after"]
 
 
-def kill_and_go_on(words: list[str], run: Path, kills: int, processes: int) -> None:
-    """Start the run, and kill it at random moments, `kills` times, before it is left to end."""
+def kill(process: subprocess.Popen) -> None:
+    """It and, for torchrun gives each a session of its own, all that it has started."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for pid in [process.pid, *map(int, children)]:
+        os.kill(pid, signal.SIGKILL)
+    process.communicate()
+
+
+def kill_and_go_on(words: list[str], run: Path, kills: int, processes: int, last: bool = True) -> None:
+    """Start the run, and kill it at random moments, `kills` times, before it is (if `last`) left to end."""
     rng = random.Random(0)
     arguments, done = [*words, "--output-dir", str(run)], 0
-    for kill in range(kills):
-        process = start(*arguments, processes=processes, start_new_session=True)
+    for number in range(kills):
+        process = start(*arguments, processes=processes)
         done = max([done, *(int(path.stem[5:]) for path in newest_first(run))])
-        wait_for_step(run, min(done + 2 * (1 + kill % 2), STEPS - 2), process)
+        wait_for_step(run, min(done + 2 * (1 + number % 2), STEPS - 2), process)
         time.sleep(rng.uniform(0, 0.03))
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        kill(process)
         if (run / "results.json").exists():
             return
         arguments = ["--resume", str(run)]
+    if not last:
+        return
     process = start(*arguments, processes=processes)
     assert process.wait(120) == 0, process.stderr.read()
 
@@ -103,16 +113,23 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_left_alone(words, left
     assert_same_end(tmp_path / "run", left_alone)
 
 
-@pytest.mark.slow
-def test_twenty_kills(words, left_alone, tmp_path):
-    kill_and_go_on(words, tmp_path / "run", kills=20, processes=1)
-    assert_same_end(tmp_path / "run", left_alone)
+@pytest.fixture(scope="module")
+def two_left_alone(words, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("two") / "alone"
+    kill_and_go_on(words, folder, kills=0, processes=2)
+    return folder
 
 
-def test_two_processes_that_are_killed_end_as_two_left_alone(words, tmp_path):
-    kill_and_go_on(words, tmp_path / "alone", kills=0, processes=2)
+def test_two_processes_that_are_killed_end_as_two_left_alone(words, two_left_alone, tmp_path):
     kill_and_go_on(words, tmp_path / "run", kills=1, processes=2)
-    assert_same_end(tmp_path / "run", tmp_path / "alone")
+    assert_same_end(tmp_path / "run", two_left_alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_twenty_kills(processes, words, left_alone, two_left_alone, tmp_path):
+    kill_and_go_on(words, tmp_path / "run", kills=20, processes=processes)
+    assert_same_end(tmp_path / "run", {1: left_alone, 2: two_left_alone}[processes])
 
 
 @pytest.mark.parametrize("moment", ["half of it is on disk", "it is not renamed yet"])
@@ -309,3 +326,111 @@ def test_two_are_kept(tmp_path):
     assert safetensors.torch.load_file(newest_first(tmp_path)[0]).keys() == {
         *("weight", "weight/step", "weight/mean", "weight/square", "bias", "bias/step", "bias/mean", "bias/square")
     }
+
+
+def test_a_second_process_on_the_same_run_is_refused_and_the_first_goes_on(words, left_alone, tmp_path):
+    run = tmp_path / "run"
+    first = start(*words, "--output-dir", str(run))
+    wait_for_step(run, 2, first)
+    first.send_signal(signal.SIGSTOP)
+    second = start("--resume", str(run))
+    _, errors = second.communicate(timeout=60)
+    first.send_signal(signal.SIGCONT)
+    assert second.returncode == 2
+    assert errors.splitlines()[-1] == (f"train.py: another process is at work on the run in {run}: let it end, or end it")
+    assert first.wait(60) == 0
+    assert_same_end(run, left_alone)
+
+
+def test_two_runs_that_begin_in_the_same_folder_at_the_same_moment_do_not_mix(tmp_path):
+    first, second = (Checkpoints(tmp_path, 1, {}, write=True) for _ in range(2))
+    first.clean(0)
+    with pytest.raises(UserError, match="another process is at work"):
+        second.clean(0)
+    del first
+    second.clean(0)  # who is gone holds no lock
+    del second
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(UserError, match="another run has ended in"):
+        Checkpoints(tmp_path, 1, {}, write=True).clean(0)
+
+
+def test_processes_that_would_go_on_from_different_checkpoints_are_refused(words, tmp_path):
+    kill_and_go_on(words, tmp_path / "run", kills=1, processes=2, last=False)
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    newest_first(tmp_path / "other")[0].unlink()
+    program = "import os, sys, train; sys.exit(train.main(['--resume', sys.argv[1 + int(os.environ['RANK'])]]))"
+    (tmp_path / "program.py").write_text(program)
+    process = start(str(tmp_path / "run"), str(tmp_path / "other"), processes=2, program=[str(tmp_path / "program.py")])
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "the checkpoint differs between processes 0 and 1" in errors
+
+
+def test_a_damaged_checkpoint_that_was_passed_over_does_not_take_the_place_of_a_whole_one(stopped):
+    newest, other = newest_first(stopped)
+    newest.write_bytes(b"damaged")
+    saved = read_newest(stopped)
+    Checkpoints(stopped, 1, {}, write=True).clean(saved.step)
+    assert newest_first(stopped) == [other]
+
+
+def test_a_damaged_line_of_metrics_is_named_and_half_of_one_removed(stopped):
+    metrics = stopped / "metrics.jsonl"
+    whole = metrics.read_bytes()
+    metrics.write_bytes(whole + b'{"step": 2')
+    Checkpoints(stopped, 1, {}, write=True).clean(22)
+    assert metrics.read_bytes() == whole
+    for damaged in (b"{}\n", b"\0\0}\n", b"[]\n", b"\xff\n"):
+        metrics.write_bytes(whole + damaged)
+        with pytest.raises(UserError, match=rf"metrics.jsonl, line {1 + whole.count(bytes([10]))}: damaged"):
+            Checkpoints(stopped, 1, {}, write=True).clean(22)
+        assert metrics.read_bytes() == whole + damaged
+
+
+@pytest.mark.parametrize("about", [{"options": {"frobnicate": 1}}, {"options": {"epochs": -1}}, {"more": 1}])
+def test_a_checkpoint_of_another_version_is_named_as_such(about, killed, tmp_path, capsys):
+    saved = read_newest(killed)
+    fields = {item.name: getattr(saved, item.name) for item in dataclasses.fields(saved)[2:]}  # without path and tensors
+    state = json.dumps(fields | about)
+    tensors = {key: tensor.bfloat16() for key, tensor in saved.tensors.items()}
+    (tmp_path / "checkpoints").mkdir()
+    metadata = {"state": state, "sha256": checkpoint.sha256(state, tensors)}
+    safetensors.torch.save_file(tensors, tmp_path / "checkpoints" / "step-00000001.safetensors", metadata=metadata)
+    with pytest.raises(UserError, match=r"no checkpoint in .* is whole"):
+        read_newest(tmp_path)
+    assert "was written by another version of this program: passed over" in capsys.readouterr().out
+
+
+def test_a_power_cut_finds_each_file_on_disk_before_the_one_that_it_replaces_is_gone(tmp_path, monkeypatch):
+    happened = []
+    layer = torch.nn.Linear(2, 2)
+    optimizer = checkpoint.AdamW([{"params": list(layer.parameters()), "lr": 0.1}], 0.0)
+    checkpoints = Checkpoints(tmp_path, 1, {}, write=True)
+    for step in (1, 2):
+        checkpoints.save(step, layer, optimizer, 0.0, [])
+    replace, fsync, unlink = os.replace, os.fsync, Path.unlink
+
+    def note(what: str, do):
+        def noted(*arguments, **options):
+            path = arguments[0]
+            name = Path(f"/proc/self/fd/{path}").readlink().name if isinstance(path, int) else Path(path).name
+            happened.append((what, name))
+            return do(*arguments, **options)
+
+        return noted
+
+    monkeypatch.setattr(os, "replace", note("rename", replace))
+    monkeypatch.setattr(os, "fsync", note("flush", fsync))
+    monkeypatch.setattr(Path, "unlink", note("remove", unlink))
+    checkpoints.save(3, layer, optimizer, 0.0, [])
+    partial = ".step-00000003.safetensors.partial"
+    assert [(what, name) for what, name in happened if (what, name) != ("remove", partial)] == [
+        ("flush", partial),
+        ("rename", partial),
+        ("flush", "checkpoints"),
+        ("remove", "step-00000001.safetensors"),
+    ]
+    happened.clear()
+    append_line(tmp_path / "metrics.jsonl", "{}")
+    assert happened == [("flush", "metrics.jsonl")]

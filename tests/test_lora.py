@@ -198,6 +198,28 @@ def test_new_layers_are_in_the_mode_of_those_they_replace_and_float32_over_any_w
         assert logits(perturb(model)).isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_what_is_done_under_inference_mode_can_be_trained_afterwards(dtype, use_dora):
+    def train(model: torch.nn.Module) -> None:
+        model(torch.arange(5, 65).reshape(4, 15)).logits.sum().backward()
+        assert not any(parameter.is_inference() for parameter in model.parameters())
+
+    base = tiny().to(dtype)
+    with torch.inference_mode():
+        model = get_peft_model(base, LoraConfig(r=2, target_modules=Q_V, use_dora=use_dora))
+    train(perturb(model))
+    with torch.inference_mode():
+        model.merge_adapter()
+        with model.disable_adapter():
+            pass
+        model.unmerge_adapter()
+    train(model)
+    with torch.inference_mode():
+        merged = model.merge_and_unload()
+    train(merged.requires_grad_(True))
+
+
 def test_putting_lora_in_twice_is_refused():
     base = tiny()
     get_peft_model(base, LoraConfig(r=2, target_modules=Q_V))
@@ -211,6 +233,9 @@ def test_putting_lora_in_twice_is_refused():
         ({"target_modules": ["q_lin", "query"]}, "'query'; there are: q_lin, k_lin, v_lin, out_lin, lin1, lin2"),
         ({"target_modules": "q_lin"}, "matches no layer"),  # a string is a regular expression over whole names
         ({"target_modules": "(q_lin"}, "no regular expression"),
+        ({"target_modules": "a{99999999999}"}, "no regular expression"),
+        ({"target_modules": Q_V, "rank_pattern": {"(" * 5000: 2}}, "no regular expression"),
+        ({"target_modules": Q_V, "alpha_pattern": {"(?i)q_lin": 2}}, "no regular expression"),  # it stands within another
         ({"target_modules": None}, "target_modules is empty; it can name any of: q_lin"),
         ({"target_modules": ["word_embeddings"]}, "is of type Embedding"),
         ({"target_modules": ["pre_classifier"]}, "trained in full already"),

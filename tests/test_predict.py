@@ -1,9 +1,12 @@
 """Labels for new text: as in the run that trained, in the order of the input, and in bounded memory."""
 
+import csv
 import io
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -168,3 +171,70 @@ def test_the_embedded_encoder_is_found_under_the_name_in_the_adapter(whole_run):
     config = json.loads((whole_run[0] / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "minilm"
     assert load_pretrained(config["base_model_name_or_path"], 4)[0].config.dim == 384
+
+
+STRANGE = [
+    "",
+    "   ",
+    "a\0b",
+    "\N{SAUROPOD} \U0001f468\u200d\U0001f469\u200d\U0001f467",  # one family, of five characters
+    "\u05e9\u05dc\u05d5\u05dd \u202ereversed\u202c",  # right to left, and made so
+    "lines\u2028which\x85are\x0bnone",
+    "\ufeffa mark in front",
+    '"quoted", \\ud83d and \\',
+    "x" * 1_000_000,
+    "\U0001f996" * 300_000,
+]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "encoding"), [(".txt", "utf-8"), (".jsonl", "latin-1"), (".csv", "ascii"), ("stdin", "utf-8")]
+)
+def test_strange_texts_get_a_line_of_json_each_that_says_them_whatever_the_console(whole_run, tmp_path, suffix, encoding):
+    texts = ["First.", *STRANGE]
+    path = tmp_path / f"texts{suffix}"
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        if suffix == ".csv":
+            csv.writer(file).writerows([["id", "text"], *enumerate(texts)])
+        elif suffix == ".jsonl":
+            file.writelines(json.dumps({"text": text}) + "\n" for text in texts)  # emoji as pairs of escapes
+        else:
+            file.writelines(text + "\n" for text in texts)
+    command = [sys.executable, ROOT / "predict.py", whole_run[0], *([] if suffix == "stdin" else ["--input", path])]
+    start = time.monotonic()
+    with open(path, "rb") as stdin:
+        environment = os.environ | {"PYTHONIOENCODING": f"{encoding}:surrogateescape"}
+        done = subprocess.run(command, stdin=stdin, capture_output=True, env=environment, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - start < 60
+    answers = [json.loads(line) for line in done.stdout.decode(encoding).split("\n")[:-1]]
+    assert [answer["text"] for answer in answers] == texts
+    assert all(answer["label"] in NAMES and 0 < answer["score"] <= 1 for answer in answers)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content", "says"),
+    [
+        (".jsonl", b'{"text": "a \\ud83d b"}\n', "line 1: want an object"),  # half an emoji
+        (".jsonl", b'{"text": "\xed\xa0\xbd"}\n', "not UTF-8"),  # the same in bytes
+        (".txt", b"caf\xe9\n", "not UTF-8"),
+        ("stdin", b"caf\xe9\n", "standard input, after line 0: not UTF-8"),
+        (".csv", b"text,id\nOil rose, they say,1\n", "line 2: more fields than the first line names: quote the texts"),
+    ],
+)
+def test_half_a_character_and_half_a_text_are_refused_in_one_line(whole_run, tmp_path, suffix, content, says):
+    path = tmp_path / f"texts{suffix}"
+    path.write_bytes(content)
+    command = [sys.executable, ROOT / "predict.py", whole_run[0], *([] if suffix == "stdin" else ["--input", path])]
+    with open(path, "rb") as stdin:  # the language of a machine without one, where Python lets such bytes pass
+        environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "1"}
+        done = subprocess.run(command, stdin=stdin, capture_output=True, text=True, env=environment, timeout=100)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert says in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_text_on_the_command_line_may_be_any_that_is_utf_8(whole_run, capsys):
+    texts = [text for text in STRANGE if len(text) < 1000]
+    assert [answer["text"] for answer in labelled(capsys, whole_run[0], "--json", *texts)] == texts
+    assert r"'caf\udce9' on the command line is not UTF-8" in refused(capsys, whole_run[0], "--json", "caf\udce9")
