@@ -43,7 +43,7 @@ def thin_svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     Qb, Rb = torch.linalg.qr(B)
     Qa, Ra = torch.linalg.qr(A.T)
-    U, values, Vh = torch.linalg.svd(Rb @ Ra.T)
+    U, values, Vh = torch.linalg.svd(Rb @ Ra.T, full_matrices=False)
     return Qb @ U, values, Vh @ Qa.T
 
 

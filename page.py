@@ -30,6 +30,7 @@ figure { display: flex; flex-direction: column; } figcaption { margin-top: auto;
 svg { display: block; width: 100%; max-width: 29rem; margin: auto; font-family: system-ui, sans-serif; color: var(--ink); }
 svg * { stroke-linejoin: round; stroke-linecap: butt; }
 dl, .texts { columns: 26rem 2; column-gap: 2.5rem; } dl > div, .texts li { break-inside: avoid; } dd { margin: 0; }
+.grid > dl { align-self: start; }
 dl > div { display: grid; grid-template-columns: 9rem 1fr; gap: .75rem; padding: .15rem 0; }
 .wide { overflow-x: auto; margin: auto 0; }
 table { border-collapse: separate; border-spacing: 2px; width: 100%; font-size: .875rem; overflow-wrap: normal; }

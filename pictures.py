@@ -62,6 +62,7 @@ def picture(title: str, height: float, draw: Callable[[Figure], None]) -> str:
     svg = re.sub(r" <defs>\s*<style.*?</style>\s*</defs>\n", "", svg, count=1, flags=re.DOTALL)  # it would style the page
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # the same in every picture
     svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
+    svg = re.sub(r" font-family: [^;\"]*;?", "", svg)
     svg = re.sub(r"\n\s*", "\n", svg)
     return re.sub("#0[1-9]0[1-9]0[1-9]", lambda match: CSS[match[0]], svg)
 
@@ -84,7 +85,7 @@ def curves(metrics: list[dict[str, Any]], steps_of_epoch: float) -> str:
         axes[1].set_xlabel("step (at a dotted line an epoch ends)")
         figure.align_ylabels()
 
-    return picture("Loss and learning rate", 3.6, draw)
+    return picture("Loss and learning rate", 4.1, draw)
 
 
 def by_layer(title: str, label: str, found: dict[str, Geometry], number: Callable[[Geometry], float], top: float = 0) -> str:
@@ -152,9 +153,8 @@ def similarities(title: str, found: dict[tuple[str, int], np.ndarray]) -> str:
                 ax.set_title(str(layer))
             if layer == layers[0]:
                 ax.set_ylabel(module, rotation=0, horizontalalignment="right", verticalalignment="center")
-            if module == modules[-1]:
-                ax.set_xticks(sorted({1, columns}))
             if layer == layers[-1]:
+                ax.set_xticks(sorted({1, columns}) if module == modules[-1] else [])
                 ax.yaxis.tick_right()
                 ax.set_yticks(sorted({1, rows}))
         scale = figure.add_subplot(grid[-1, :])

@@ -110,9 +110,7 @@ def compare(folder: Path, results: dict[str, Any], other: Path) -> tuple[dict[st
     theirs = read_run(other)
     for path, run in [(folder, results), (other, theirs)]:
         if method(run) != "lora":
-            raise UserError(
-                f"--against compares two runs with LoRA, and {path} has none: leave it out"
-            )
+            raise UserError(f"--against compares two runs with LoRA, and {path} has none: leave it out")
     if results["sha256"]["weights"] != theirs["sha256"]["weights"]:
         raise UserError(
             f"--against {other} started from {theirs['model']}, and {folder} from {results['model']} or from other weights: "
@@ -178,7 +176,7 @@ def what_is_wrong(folder: Path, results: dict[str, Any]) -> str:
     if not wrong:
         return section(title, f"<p>None: every text of the test part is labelled right{rounded}.</p>")
     those = f"the {WRONG} with the highest score" if len(wrong) > WRONG else "all of them"
-    counted = f"<p>{len(wrong):,} of the test part{rounded}. Here: {those}, the surest first.</p>"
+    counted = f"<p>Labelled wrong: {len(wrong):,} texts of the test part{rounded}. Here: {those}, the surest first.</p>"
     return section(title, counted, texts(wrong[:WRONG]))
 
 
@@ -245,8 +243,8 @@ def how_alike(
         "Directions that both runs chose",
         pictures.similarities("Directions that both runs chose", phi),
         "A cell is phi of the first i directions of A here (down) and the first j there (across): 1 if one span lies within "
-        "the other, and about max(i, j) / d_in if both are random. Strong colour in the upper left cell that fades from there says "
-        "that the runs agree on the leading direction, and that the rest is chance.",
+        "the other, and about max(i, j) / d_in if both are random. Strong colour in the upper left cell that fades from there "
+        "says that the runs agree on the leading direction, and that the rest is chance.",
     )
     alike = "" if here["seed"] != there["seed"] else " Both have the same seed, so that some of these A began alike."
     about = (
