@@ -22,20 +22,21 @@ small, figcaption, dt { color: var(--soft); }
 .tiles, .grid, .stack { display: grid; gap: 1rem; } .stack { grid-template-rows: 1fr auto; min-width: 0; }
 .tiles { grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); margin-top: 1.25rem; }
 .grid { grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
-.tiles > div, figure, dl, .texts { margin: 0; padding: 1rem 1.1rem; background: var(--card); border: 1px solid var(--line);
-  border-radius: .6rem; min-width: 0; }
+.tiles > div, figure, dl, .card, .texts { margin: 0; padding: 1rem 1.1rem; min-width: 0; background: var(--card);
+  border: 1px solid var(--line); border-radius: .6rem; }
 .tiles b { display: block; font-size: 1.7rem; line-height: 1.2; font-variant-numeric: tabular-nums; }
 .tiles span, figcaption, dl, small { font-size: .875rem; }
 figure { display: flex; flex-direction: column; } figcaption { margin-top: auto; padding-top: .9rem; }
 svg { display: block; width: 100%; max-width: 29rem; margin: auto; font-family: system-ui, sans-serif; color: var(--ink); }
 svg * { stroke-linejoin: round; stroke-linecap: butt; }
 dl, .texts { columns: 26rem 2; column-gap: 2.5rem; } dl > div, .texts li { break-inside: avoid; } dd { margin: 0; }
-.grid > dl { align-self: start; }
+.card { align-self: start; } .card dl { padding: 0; border: 0; }
 dl > div { display: grid; grid-template-columns: 9rem 1fr; gap: .75rem; padding: .15rem 0; }
 .wide { overflow-x: auto; margin: auto 0; }
 table { border-collapse: separate; border-spacing: 2px; width: 100%; font-size: .875rem; overflow-wrap: normal; }
 table td, table th { padding: .45rem .3rem; text-align: right; font-variant-numeric: tabular-nums; font-weight: 400; }
-table th { color: var(--soft); } tr > :first-child { text-align: left; color: var(--soft); }
+table th { max-width: 7rem; overflow-wrap: break-word; color: var(--soft); }
+tr > :first-child { text-align: left; color: var(--soft); }
 .right, .wrong { border-radius: .25rem; background: color-mix(in srgb, var(--hue) calc(var(--strength) * .55), transparent); }
 .right { --hue: var(--c1); } .wrong { --hue: var(--c2); }
 .bars { list-style: none; margin: auto 0; padding: 0; font-size: .875rem; }

@@ -74,8 +74,9 @@ def curves(metrics: list[dict[str, Any]], steps_of_epoch: float) -> str:
     def draw(figure: Figure) -> None:
         axes = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
         for ax, key, label, colour in zip(axes, ["loss", "learning_rate"], ["loss", "learning rate"], COLOURS[:2], strict=True):
-            ax.plot(steps, [line[key] for line in metrics], "o-", color=colour, markersize=3 if len(steps) < 60 else 0)
-            ax.set_ylim(bottom=0)
+            numbers = [line[key] for line in metrics]
+            ax.plot(steps, numbers, "o-", color=colour, markersize=3 if len(steps) < 60 else 0)
+            ax.set_ylim(0, 1.08 * max(numbers))
             ax.set_ylabel(label)
             ax.yaxis.set_major_formatter("{x:g}")
             for epoch in range(1, math.ceil(steps[-1] / steps_of_epoch) + 1) if steps[-1] < 40 * steps_of_epoch else ():
@@ -114,6 +115,7 @@ def spectra(title: str, found: dict[str, Geometry]) -> str:
     columns = min(3, len(modules))
     rows = math.ceil(len(modules) / columns)
     deepest = max(max(layers) for layers in modules.values())
+    highest = max(geometry.singular_values.max().item() for geometry in found.values())
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
@@ -122,12 +124,12 @@ def spectra(title: str, found: dict[str, Geometry]) -> str:
         for position, (ax, (module, layers)) in enumerate(zip(axes.flat, modules.items(), strict=False)):
             for layer, geometry in layers.items():
                 values = geometry.singular_values.tolist()
-                strength = 0.25 + 0.75 * layer / max(deepest, 1) if deepest else 1
+                strength = 0.25 + 0.75 * layer / deepest if deepest else 1
                 colour = COLOURS[position % len(COLOURS)]
                 ax.plot(range(1, len(values) + 1), values, "o-", color=colour, alpha=strength, markersize=3.5, linewidth=1.3)
             ax.set_title(module)
             integer_axis(ax, list(range(1, max(len(g.singular_values) for g in layers.values()) + 1)))
-            ax.set_ylim(bottom=0)
+            ax.set_ylim(0, 1.08 * highest or 1)
         figure.supxlabel("number of the singular value", fontsize=FONT)
         figure.supylabel("singular value", fontsize=FONT)
 
@@ -158,8 +160,8 @@ def similarities(title: str, found: dict[tuple[str, int], np.ndarray]) -> str:
                 ax.yaxis.tick_right()
                 ax.set_yticks(sorted({1, rows}))
         scale = figure.add_subplot(grid[-1, :])
-        cells(scale, np.linspace(0, 1, 48)[None])
-        scale.set(yticks=[], xticks=[0.5, 24.5, 48.5], xticklabels=["0", f"{highest / 2:.2g}", f"{highest:.2g}"])
+        cells(scale, np.linspace(0, 1, 21)[None])
+        scale.set(yticks=[], xticks=[1, 11, 21], xticklabels=["0", f"{highest / 2:.2g}", f"{highest:.2g}"])
         scale.set_xlabel("phi (i down, j across)")
         figure.suptitle("layer", fontsize=FONT)
 
@@ -172,8 +174,7 @@ def similarities(title: str, found: dict[tuple[str, int], np.ndarray]) -> str:
 def cells(ax: Axes, strengths: np.ndarray) -> None:
     """A matrix as a picture: the stronger the colour, the nearer to 1."""
     for (row, column), strength in np.ndenumerate(strengths):
-        place = (column + 0.5, row + 0.5)  # without smoothed edges, between which the page would shine through
-        ax.add_patch(Rectangle(place, 1, 1, facecolor=COLOURS[0], alpha=float(strength), linewidth=0, antialiased=False))
+        ax.add_patch(Rectangle((column + 0.55, row + 0.55), 0.9, 0.9, facecolor=COLOURS[0], alpha=float(strength), linewidth=0))
     ax.set(xlim=(0.5, strengths.shape[1] + 0.5), ylim=(strengths.shape[0] + 0.5, 0.5))
     ax.grid(False)
     ax.tick_params(length=0)

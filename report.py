@@ -252,7 +252,8 @@ def how_alike(
         f"the first {DIRECTIONS} of each run at most.{alike}</p>"
     )
     name = runs[1].resolve().name
-    return section(f"Against {escape(name)}", about, f'<div class="grid">{drawing}{table(rows)}</div>')
+    differ = f'<div class="card"><h3>Where the runs differ</h3>{table(rows)}</div>'
+    return section(f"Against {escape(name)}", about, f'<div class="grid">{drawing}{differ}</div>')
 
 
 def report(folder: Path, other: Path | None, pictures: ModuleType) -> str:
