@@ -70,9 +70,6 @@ def load_inputs(options: Options, saved: Checkpoint | None) -> Inputs:
     train_texts = tokenize(tokenizer, train_split.texts, options.max_length)
     test_texts = tokenize(tokenizer, test_split.texts, options.max_length)
     print(f"model {model_name}, data {dataset_name}: {len(train_split):,} examples to train on, {len(test_split):,} to test on")
-    digest = hashlib.sha256()
-    for array in (train_texts.ids, train_split.labels, test_texts.ids, test_split.labels):
-        digest.update(array.data)
     revision = commit or options.revision
     return Inputs(
         base=base,
@@ -86,9 +83,19 @@ def load_inputs(options: Options, saved: Checkpoint | None) -> Inputs:
         dataset=dataset_name,
         commit=commit,
         revision=revision,
-        sha256={"weights": weights_sha256(model_name, revision), "data": digest.hexdigest()},
+        sha256={
+            "weights": weights_sha256(model_name, revision),
+            "data": data_sha256(train_texts, train_split.labels, test_texts, test_split.labels),
+        },
         notice=notice,
     )
+
+
+def data_sha256(train: TokenizedTexts, train_labels: np.ndarray, test: TokenizedTexts, test_labels: np.ndarray) -> str:
+    digest = hashlib.sha256()
+    for array in (train.ids, train_labels, test.ids, test_labels):
+        digest.update(array.data)
+    return digest.hexdigest()
 
 
 def load_or_step_in(load: Callable[[str], Any], asked: str | None, default: str, embedded: str) -> tuple[Any, str, str]:

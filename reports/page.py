@@ -1,0 +1,136 @@
+"""The pieces of a report's page, in HTML that needs nothing from elsewhere: no script, no font, no picture.
+
+`html` is of this project; whatever else comes in (class names, options, texts) is escaped here.
+"""
+
+from html import escape
+from typing import Any
+
+LONGEST = 320  # characters that are shown of a text
+
+CSS = """
+:root { color-scheme: light dark; --page: #f4f5f7; --card: #fff; --ink: #1a1e24; --soft: #5b6573; --line: #dde1e7;
+  --c1: #2460c4; --c2: #c05a0a; --c3: #0b8268; --c4: #9a3bb0; --c5: #85690a; --c6: #c02f50; }
+@media (prefers-color-scheme: dark) { :root { --page: #101318; --card: #191d24; --ink: #e7eaee; --soft: #9ca6b3;
+  --line: #343b46; --c1: #7eaefc; --c2: #fba05c; --c3: #4fcfac; --c4: #d991e8; --c5: #d8bd4c; --c6: #ff8aa0; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1.5rem 1rem 3rem; max-width: 72rem; background: var(--page); color: var(--ink);
+  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+h1 { margin: 0; font-size: 1.6rem; line-height: 1.25; } h2 { margin: 2.5rem 0 .75rem; font-size: 1.25rem; }
+h3 { margin: 0 0 .75rem; font-size: 1rem; } p { margin: .5rem 0 1rem; max-width: 44rem; }
+small, figcaption, dt { color: var(--soft); }
+.tiles, .grid, .stack { display: grid; gap: 1rem; } .stack { grid-template-rows: 1fr auto; min-width: 0; }
+.tiles { grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); margin-top: 1.25rem; }
+.grid { grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
+.tiles > div, figure, dl, .card, .texts { margin: 0; padding: 1rem 1.1rem; min-width: 0; background: var(--card);
+  border: 1px solid var(--line); border-radius: .6rem; }
+.tiles b { display: block; font-size: 1.7rem; line-height: 1.2; font-variant-numeric: tabular-nums; }
+.tiles span, figcaption, dl, small { font-size: .875rem; }
+figure { display: flex; flex-direction: column; } figcaption { margin-top: auto; padding-top: .9rem; }
+svg { display: block; width: 100%; max-width: 29rem; margin: auto; font-family: system-ui, sans-serif; color: var(--ink); }
+svg * { stroke-linejoin: round; stroke-linecap: butt; }
+dl, .texts { columns: 26rem 2; column-gap: 2.5rem; } dl > div, .texts li { break-inside: avoid; } dd { margin: 0; }
+.card { align-self: start; } .card dl { padding: 0; border: 0; }
+dl > div { display: grid; grid-template-columns: 9rem 1fr; gap: .75rem; padding: .15rem 0; }
+.wide { overflow-x: auto; margin: auto 0; }
+table { border-collapse: separate; border-spacing: 2px; width: 100%; font-size: .875rem; overflow-wrap: normal; }
+table td, table th { padding: .45rem .3rem; text-align: right; font-variant-numeric: tabular-nums; font-weight: 400; }
+table th { max-width: 7rem; overflow-wrap: break-word; color: var(--soft); }
+tr > :first-child { text-align: left; color: var(--soft); }
+.right, .wrong { border-radius: .25rem; background: color-mix(in srgb, var(--hue) calc(var(--strength) * .55), transparent); }
+.right { --hue: var(--c1); } .wrong { --hue: var(--c2); }
+.bars { list-style: none; margin: auto 0; padding: 0; font-size: .875rem; }
+.bars li { display: grid; gap: .75rem; padding: .25rem 0; align-items: center;
+  grid-template-columns: minmax(4rem, 26%) 1fr minmax(3rem, auto); }
+.bar { position: relative; height: .8rem; background: var(--line); border-radius: .2rem; }
+.bar b { position: absolute; inset: 0 auto 0 0; background: var(--c1); border-radius: .2rem; }
+.bar i { position: absolute; top: -.2rem; bottom: -.2rem; border-left: 2px solid var(--ink); }
+.texts { padding-left: 2.6rem; } .texts li { padding: .5rem 0; } .texts li::marker { color: var(--soft); }
+.texts p { margin: 0; }
+"""
+
+
+def document(title: str, subtitle: str, body: str) -> str:
+    """A whole page, which the browser is told to fetch nothing for."""
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>{escape(title)}</title>
+<style>{CSS}</style>
+<h1>{escape(title)}</h1>
+<small>{escape(subtitle)}</small>
+{body}
+</html>
+"""
+
+
+def section(title: str, *parts: str) -> str:
+    return f"<section>\n<h2>{title}</h2>\n" + "\n".join(parts) + "\n</section>"
+
+
+def left_out(what: str, why: object) -> str:
+    return f"<p>{what} left out: {escape(str(why))}.</p>"
+
+
+def figure(title: str, body: str, how_to_read: str) -> str:
+    """A picture and the two sentences that say what to see."""
+    return f"<figure>\n<h3>{title}</h3>\n{body}\n<figcaption>{how_to_read}</figcaption>\n</figure>"
+
+
+def tiles(numbers: dict[str, str]) -> str:
+    items = (f"<div><b>{escape(number)}</b><span>{escape(what)}</span></div>" for what, number in numbers.items())
+    return f'<div class="tiles">{"".join(items)}</div>'
+
+
+def table(rows: dict[str, Any]) -> str:
+    items = (f"<div><dt>{escape(key)}</dt><dd>{escape(shown(value))}</dd></div>" for key, value in rows.items())
+    return "<dl>" + "\n".join(items) + "</dl>"
+
+
+def shown(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    if isinstance(value, float):
+        return f"{value:g}"
+    return {"True": "yes", "False": "no", "None": "none"}.get(str(value), str(value))
+
+
+def confusion(matrix: list[list[int]], names: list[str]) -> str:
+    rows = []
+    for i, (name, row) in enumerate(zip(names, matrix, strict=True)):
+        # the root, and no less than a fifth: where a model is good, errors are few
+        strengths = [0.2 + 0.8 * (count / sum(row)) ** 0.5 if count else 0 for count in row]
+        cells = "".join(
+            f'<td class="{"right" if i == j else "wrong"}" style="--strength: {strength:.0%}">{count:,}</td>'
+            for j, (count, strength) in enumerate(zip(row, strengths, strict=True))
+        )
+        rows.append(f"<tr><th scope=row>{escape(name)}</th>{cells}</tr>")
+    heads = "".join(f"<th scope=col>{escape(name)}</th>" for name in names)
+    return f'<div class="wide"><table>\n<tr><td>is / taken for</td>{heads}</tr>\n{"".join(rows)}\n</table></div>'
+
+
+def bars(before: dict[str, float | None], after: dict[str, float | None]) -> str:
+    rows = []
+    for name, f1 in after.items():
+        old = before[name]
+        tick = "" if old is None else f'<i style="left: {old:.1%}"></i>'
+        bar = "" if f1 is None else f'<b style="width: {f1:.1%}"></b>'
+        number = "does not occur" if f1 is None else f"{f1:.3f}"
+        rows.append(f'<li><span>{escape(name)}</span><div class="bar">{bar}{tick}</div><span>{number}</span></li>')
+    return f'<ul class="bars">{"".join(rows)}</ul>'
+
+
+def texts(wrong: list[dict[str, Any]]) -> str:
+    items = (
+        f'<li><p dir="auto">{escape(cut(answer["text"]))}</p><small>is <b>{escape(answer["truth"])}</b>, labelled '
+        f"<b>{escape(answer['label'])}</b> with a score of {answer['score']:.3f}</small></li>"
+        for answer in wrong
+    )
+    return '<ol class="texts">' + "\n".join(items) + "</ol>"
+
+
+def cut(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= LONGEST else text[: LONGEST - 1].rstrip() + "\u2026"

@@ -1,0 +1,412 @@
+"""The report of a run: the maths of the paper's section 7, what stands in the page, and how a browser shows it."""
+
+import html
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import page
+import pytest
+import safetensors.torch
+import torch
+from pictures import picture, place
+from torch import nn
+
+import predict
+import report
+import train
+from data import load_dataset
+from lora import LoRALinear
+from lora.variants import DoRALinear
+from reports.geometry import amplification, effective_rank, geometry, subspace_similarity, thin_svd
+
+SCRIPT = "Breaking <script>alert('news')</script> & <b>markets</b> fell by 3 % on Monday."
+NAMES = ["World", "Sports & <i>games</i>", "Business", "Sci/Tech"]
+CHROMIUM = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome", "chrome"])), None)
+
+
+# The maths
+
+
+def layer(r: int, kind: type[LoRALinear] = LoRALinear) -> LoRALinear:
+    torch.manual_seed(r)
+    made = kind.from_linear(nn.Linear(24, 40), r, lora_alpha=16)
+    nn.init.normal_(made.lora_B.weight)
+    if isinstance(made, DoRALinear):
+        with torch.no_grad():
+            made.lora_magnitude_vector.mul_(1.5)
+    return made
+
+
+@pytest.mark.parametrize("r", [1, 3, 24, 30])
+def test_the_thin_svd_is_the_svd_of_the_product(r):
+    torch.manual_seed(r)
+    B, A = torch.randn(40, r).double(), torch.randn(r, 24).double()
+    U, values, Vh = thin_svd(B, A)
+    assert torch.allclose(U @ torch.diag(values) @ Vh, B @ A)
+    assert torch.allclose(values, torch.linalg.svdvals(B @ A)[: len(values)])
+    assert torch.allclose(U.T @ U, torch.eye(len(values)).double())
+    assert torch.allclose(Vh @ Vh.T, torch.eye(len(values)).double())
+
+
+def test_the_effective_rank_is_1_for_one_direction_r_for_equal_ones_and_as_defined_between():
+    assert effective_rank(torch.tensor([3.0, 0.0, 0.0])) == pytest.approx(1)
+    assert effective_rank(torch.full((5,), 0.2)) == pytest.approx(5)
+    assert effective_rank(torch.tensor([3.0, 1.0])) == pytest.approx(math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25)))
+    assert math.isnan(effective_rank(torch.zeros(2)))
+
+
+def test_phi_is_the_overlap_of_spans_by_equation_4():
+    torch.manual_seed(0)
+    A, other = torch.randn(3, 50), torch.randn(5, 50)
+    phi = subspace_similarity(A, other)
+    U, other_U = torch.linalg.svd(A.double())[2].T, torch.linalg.svd(other.double())[2].T  # whole, right singular vectors
+    for i in range(1, 4):
+        for j in range(1, 6):
+            expected = torch.linalg.norm(U[:, :i].T @ other_U[:, :j]) ** 2 / min(i, j)
+            assert phi[i - 1, j - 1].item() == pytest.approx(expected.item())
+
+
+def test_phi_is_1_for_one_span_0_for_orthogonal_ones_and_small_for_random_ones():
+    torch.manual_seed(0)
+    A = torch.randn(4, 1000)
+    assert torch.allclose(subspace_similarity(A, 3 * A), torch.ones(4, 4).double())  # one span lies within the other, always
+    assert subspace_similarity(A, torch.randn(4, 4) @ A)[-1, -1].item() == pytest.approx(1)
+    assert subspace_similarity(torch.eye(9)[:3], torch.eye(9)[3:]).abs().max().item() == pytest.approx(0)
+    assert subspace_similarity(A, torch.randn(4, 1000)).max() < 0.05  # 4 / 1000 on average
+
+
+@pytest.mark.parametrize("kind", [LoRALinear, DoRALinear])
+def test_the_numbers_of_a_layer_are_those_of_its_whole_matrices(kind):
+    adapted = layer(3, kind)
+    found = geometry(adapted)
+    W0, dW = adapted.weight.detach().double(), (adapted.merged_weight() - adapted.weight).detach().double()
+    U, _, Vh = torch.linalg.svd(dW)
+    U, V = U[:, :3], Vh[:3].T
+    assert found.relative_size == pytest.approx((dW.norm() / W0.norm()).item(), rel=1e-4)
+    assert found.amplification == pytest.approx((dW.norm() / (U.T @ W0 @ V).norm()).item(), rel=1e-4)
+    values = torch.linalg.svdvals(adapted.delta_weight().detach().double())[:3]
+    assert torch.allclose(found.singular_values, values, rtol=1e-4)
+    assert found.effective_rank == pytest.approx(effective_rank(values), rel=1e-4)
+
+
+def test_the_geometry_is_the_same_while_merged_and_has_no_answers_for_an_adapter_that_does_nothing():
+    adapted = layer(2)
+    before = geometry(adapted)
+    adapted.merge()
+    assert geometry(adapted).relative_size == pytest.approx(before.relative_size)
+    nn.init.zeros_(adapted.lora_B.weight)
+    adapted.unmerge()
+    nothing = geometry(adapted)
+    assert nothing.relative_size == 0
+    assert math.isnan(nothing.effective_rank)
+    assert math.isnan(nothing.amplification)
+
+
+def test_an_amplified_direction_is_told_by_its_factor():
+    W0 = torch.diag(torch.tensor([1.0, 0.1, 0.1])).double()
+    dW = torch.zeros(3, 3).double()
+    dW[1, 1] = 2.0
+    U, _, Vh = torch.linalg.svd(dW)
+    assert amplification(dW, W0, U[:, :1], Vh[:1]) == pytest.approx(20)
+
+
+# The page
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> tuple[Path, Path]:
+    """A tiny run with LoRA and one with DoRA, another r and another seed, on 7 texts that are each of every class: 21 of the
+    28 are labelled wrong, whatever is learned."""
+    folder = tmp_path_factory.mktemp("report")
+    dataset = folder / "data"
+    dataset.mkdir()
+    sample = load_dataset("sample")
+    texts = [SCRIPT, "long " * 400, *sample.test.texts[:5]]
+    rows = {
+        "train": [(text, label) for text, label in zip(sample.train.texts[:48], sample.train.labels[:48], strict=True)],
+        "test": [(text, label) for text in texts for label in range(4)],
+    }
+    for part, pairs in rows.items():
+        lines = (json.dumps({"text": text, "label": int(label), "label_text": NAMES[label]}) + "\n" for text, label in pairs)
+        (dataset / f"{part}.jsonl").write_text("".join(lines))
+    where = ["--model", "minilm", "--dataset", str(dataset), "--epochs", "1", "--max-length", "64", "--batch-size", "4"]
+    assert train.main([*where, "--output-dir", str(folder / "one")]) == 0
+    more = ["--r", "3", "--seed", "1", "--use-dora"]
+    assert train.main([*where, *more, "--output-dir", str(folder / "two")]) == 0
+    return folder / "one", folder / "two"
+
+
+@pytest.fixture(scope="module")
+def content(runs) -> str:
+    assert report.main([str(runs[0]), "--against", str(runs[1])]) == 0
+    return (runs[0] / "report.html").read_text(encoding="utf-8")
+
+
+def changed(run: Path, folder: Path, **changes: object) -> Path:
+    """A copy of a run, with other results."""
+    shutil.copytree(run, folder)
+    results = json.loads((folder / "results.json").read_text())
+    (folder / "results.json").write_text(json.dumps(results | changes))
+    return folder
+
+
+def refused(capsys, *arguments: object) -> str:
+    assert report.main([str(argument) for argument in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def made(folder: Path) -> str:
+    assert report.main([str(folder)]) == 0
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_page_says_what_was_run_and_what_came_of_it(runs, content):
+    results = json.loads((runs[0] / "results.json").read_text())
+    for value in (
+        f"{results['before']['macro_f1']:.3f}",
+        f"{results['after']['macro_f1']:.3f}",
+        "167,812 of 22,881,800 parameters (0.7334 %)",
+        "48 to train on, 28 to test on",
+        f"torch {results['versions']['torch']}",
+        "<dt>target modules</dt><dd>q_lin, v_lin</dd>",
+        "<dt>learning rate</dt><dd>0.0005</dd>",
+    ):
+        assert value in content
+    cells = [int(cell) for cell in re.findall(r"<td class=[^>]*>(\d+)</td>", content)]
+    assert cells == [count for row in results["after"]["confusion_matrix"] for count in row]
+    for name, f1 in results["after"]["per_class_f1"].items():
+        assert f"<span>{html.escape(name)}</span>" in content
+        assert f1 is None or f"<span>{f1:.3f}</span>" in content
+
+
+def test_the_twenty_surest_of_the_wrong_texts_are_shown_in_order_with_both_labels(runs, content):
+    forward, tokenizer, names = predict.load_classifier(runs[0], None, "cpu", 64)
+    test = load_dataset(json.loads((runs[0] / "results.json").read_text())["dataset"]).test
+    answers = zip(predict.label(forward, tokenizer, names, test.texts, 64), test.labels, strict=True)
+    wrong = [(answer["score"], answer["label"], names[truth]) for answer, truth in answers if answer["label"] != names[truth]]
+    assert len(wrong) == 21
+    shown = re.findall(r"is <b>(.*?)</b>, labelled <b>(.*?)</b> with a score of ([\d.]+)<", content)
+    assert len(shown) == 20
+    assert [float(score) for _, _, score in shown] == pytest.approx(sorted((w[0] for w in wrong), reverse=True)[:20], abs=6e-4)
+    assert {(is_, said) for is_, said, _ in shown} <= {(html.escape(truth), html.escape(said)) for _, said, truth in wrong}
+
+
+def test_texts_and_names_are_escaped_and_cut_and_nothing_in_the_page_leaves_it(content):
+    assert html.escape(SCRIPT) in content
+    assert "long long" in content
+    assert "long " * 100 not in content
+    assert "<i>games" not in content
+    assert not re.search(r"<script|<link|<iframe|<img|<image|@import|@font-face|javascript:", content, re.IGNORECASE)
+    assert "://" not in content
+    assert re.findall(r"url\((?!#)", content) == []
+    assert re.findall(r'(?:src|href)\s*=\s*"(?!#)', content) == []
+    assert not re.search(r"\son\w+=", content)
+
+
+def test_each_picture_has_exactly_two_sentences_and_names_that_are_its_own(content):
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", content, re.DOTALL)
+    assert len(captions) == content.count("<figure>") == 8
+    assert content.count("<svg") == 6
+    for caption in captions:
+        assert len(re.findall(r"[.!?](?=\s|$)", caption)) == 2
+        assert caption.endswith(".")
+    ids = re.findall(r'\sid="([^"]*)"', content)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'(?:href="#|url\(#)([^")]*)', content)) <= set(ids)
+
+
+def test_the_same_run_gives_the_same_page_and_no_colour_in_it_is_fixed(runs, content):
+    assert report.main([str(runs[0]), "--against", str(runs[1]), "--output", str(runs[0] / "pages" / "again.html")]) == 0
+    assert (runs[0] / "pages" / "again.html").read_text(encoding="utf-8") == content
+    svgs = "".join(re.findall(r"<svg.*?</svg>", content, re.DOTALL))
+    assert set(re.findall(r"(?:fill|stroke): ([^;\"]+)", svgs)) <= {"none", "currentColor", "var(--soft)", "var(--line)"} | {
+        f"var(--c{number})" for number in range(1, 7)
+    }
+    assert "font-family" not in svgs
+    assert "DejaVu" not in svgs
+
+
+def test_another_run_is_compared_by_what_differs_and_by_phi(runs, content):
+    assert "<h2>Against two</h2>" in content
+    assert "<dt>r</dt><dd>2 here, 3 there</dd>" in content
+    assert "<dt>use dora</dt><dd>no here, yes there</dd>" in content
+    assert "equation 4" in content
+    alone = made(runs[1])
+    assert "Against" not in alone
+    assert alone.count("<svg") == 5
+
+
+def test_a_run_without_lora_has_no_geometry_and_says_why(runs, tmp_path):
+    options = json.loads((runs[0] / "results.json").read_text())["options"]
+    for method, says in [("full", "Every weight of the model was trained"), ("head", "Only the head was trained")]:
+        content = made(changed(runs[0], tmp_path / method, options=options | {"method": method}))
+        assert says in content
+        assert f"--method {method}" in content
+        assert content.count("<svg") == 1
+        assert content.count("<li><p") == 20
+
+
+def test_what_cannot_be_had_any_more_is_left_out_with_the_reason(runs, tmp_path):
+    gone = changed(runs[0], tmp_path / "gone", dataset=str(tmp_path / "no" / "data"))
+    assert "labelled wrong are left out: there is no data set" in made(gone)
+    results = json.loads((runs[0] / "results.json").read_text())
+    other = shutil.copytree(results["dataset"], tmp_path / "data")
+    (other / "test.jsonl").write_text((other / "test.jsonl").read_text().replace("markets", "prices"))
+    content = made(changed(runs[0], tmp_path / "other", dataset=str(other)))
+    assert "is not what it was when the run had it" in content
+    assert "<ol" not in content
+
+    bare = changed(runs[0], tmp_path / "bare")
+    shutil.rmtree(bare / "adapter")
+    (bare / "metrics.jsonl").write_text('{"step": 10')
+    content = made(bare)
+    assert "metrics.jsonl is missing or damaged" in content
+    assert "The geometry of the adapter is left out" in content
+    assert content.count("<svg") == 0
+
+
+def test_a_class_that_does_not_occur_has_no_bar():
+    bars = page.bars({"a": None, "b": 0.5}, {"a": None, "b": 0.75})
+    assert "does not occur" in bars
+    assert bars.count("<b ") == bars.count("<i ") == 1
+
+
+def test_what_the_user_can_mend_is_one_line_and_status_2(runs, tmp_path, capsys, monkeypatch):
+    one, two = runs
+    assert "holds no results.json; name a folder" in refused(capsys, tmp_path / "none")
+    stopped = tmp_path / "stopped"
+    (stopped / "checkpoints").mkdir(parents=True)
+    (stopped / "checkpoints" / "step-00000010.safetensors").touch()
+    assert f"train.py --resume {stopped}" in refused(capsys, stopped)
+    assert "holds no results.json" in refused(capsys, one, "--against", tmp_path)
+    assert "cannot be written" in refused(capsys, one, "--output", tmp_path)
+    assert "unrecognized" in refused(capsys, one, "--frobnicate")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "results.json").write_text('{"model": "minilm"}')
+    assert "lacks 'dataset'" in refused(capsys, tmp_path / "half")
+    (tmp_path / "half" / "results.json").write_text("{")
+    assert "is not JSON" in refused(capsys, tmp_path / "half")
+
+    results = json.loads((two / "results.json").read_text())
+    other = changed(two, tmp_path / "model", sha256=results["sha256"] | {"weights": "0" * 64})
+    assert "started from the same model" in refused(capsys, one, "--against", other)
+    full = changed(two, tmp_path / "full", options=results["options"] | {"method": "full"})
+    assert f"{full} has none" in refused(capsys, one, "--against", full)
+    assert f"{full} has none" in refused(capsys, full, "--against", one)
+    queries = changed(two, tmp_path / "queries")
+    path = queries / "adapter" / "adapter_model.safetensors"
+    tensors = {key: tensor for key, tensor in safetensors.torch.load_file(path).items() if "v_lin" not in key}
+    safetensors.torch.save_file(tensors, path)
+    path = queries / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": ["q_lin"]}))
+    assert "name a run with the same --target-modules" in refused(capsys, one, "--against", queries)
+
+    monkeypatch.delitem(sys.modules, "pictures")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "pip install -e '.[report]'" in refused(capsys, one)
+
+
+def test_the_place_of_a_layer_is_its_kind_and_its_number():
+    assert place("distilbert.transformer.layer.11.attention.q_lin") == ("q_lin", 11)
+    assert place("projection") == ("projection", 0)
+
+
+def test_a_picture_survives_any_words():
+    assert "a $b$ &lt;c&gt;" in picture("Words", 2, lambda figure: figure.text(0.5, 0.5, "a $b$ <c>"))
+
+
+# The browser
+
+MEASURE = """<script>
+const box = e => { const b = e.getBoundingClientRect(); return [b.left, b.top, b.right, b.bottom]; };
+const bodies = [...document.querySelectorAll("figure > :nth-child(2)")];
+parent.postMessage(JSON.stringify({
+  width: innerWidth, scroll: document.documentElement.scrollWidth, height: document.documentElement.scrollHeight,
+  figures: bodies.map(box), svgs: [...document.querySelectorAll("svg")].map(s => [box(s), [...s.querySelectorAll("text")].map(
+    t => [t.textContent, ...box(t)])]) }), "*");
+</script>"""
+FRAME = """<!DOCTYPE html><script>addEventListener("message", event => { document.title = event.data; });</script>
+<iframe src="measured.html" width="WIDTH" height="800" style="border: 0">"""  # a window is 500 pixels wide at least
+
+
+def chromium(page: Path, *options: str) -> tuple[str, list[str]]:
+    """What headless Chromium prints of a page, and what the page asked of the network.
+
+    Chromium asks for some things of its own, on nobody's behalf; its log tells these apart. Nothing leaves the machine: where
+    the proxy would be, nobody listens.
+    """
+    assert CHROMIUM is not None
+    log = page.with_suffix(".json")
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars"]
+    command += ["--proxy-server=127.0.0.1:9", "--proxy-bypass-list=<-loopback>", f"--log-net-log={log}"]
+    command += [f"--user-data-dir={page.parent}/profile", *options, page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    asked = [event["params"] for event in json.loads(log.read_text())["events"] if "initiator" in event.get("params", {})]
+    return done.stdout, [params["url"] for params in asked if params["initiator"] != "not an origin"]
+
+
+def overlap(a: list[float], b: list[float]) -> bool:
+    """Whether two boxes share more than a pixel in each direction."""
+    return min(a[2], b[2]) - max(a[0], b[0]) > 1 and min(a[3], b[3]) - max(a[1], b[1]) > 1
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine to show the page in")
+@pytest.mark.parametrize("width", [400, 1200])
+def test_a_browser_shows_every_picture_by_day_and_by_night_and_asks_nobody_for_anything(content, tmp_path, width):
+    plain, frame = tmp_path / "plain.html", tmp_path / "frame.html"
+    plain.write_text(content, encoding="utf-8")
+    frame.write_text(FRAME.replace("WIDTH", str(width)), encoding="utf-8")
+    measured = re.sub("<meta http-equiv[^>]*>", "", content) + MEASURE
+    frame.with_name("measured.html").write_text(measured, encoding="utf-8")
+    title = re.search("<title>(.*?)</title>", chromium(frame, "--dump-dom")[0], re.DOTALL)
+    assert title is not None
+    sizes = json.loads(html.unescape(title[1]))
+    assert sizes["width"] == width
+    assert sizes["scroll"] <= width
+    assert len(sizes["figures"]) == 8
+    for left, _, right, _ in sizes["figures"]:
+        assert 0 <= left < right <= width
+    for frame, texts in sizes["svgs"]:
+        for i, (text, *box) in enumerate(texts):
+            assert frame[0] - 1 <= box[0] <= box[2] <= frame[2] + 1, f"{text!r} is cut off"
+            assert frame[1] - 1 <= box[1] <= box[3] <= frame[3] + 1, f"{text!r} is cut off"
+            assert box[3] - box[1] >= 9, f"{text!r} is too small to read"
+            for other, *its in texts[:i]:
+                assert not overlap(box, its), f"{text!r} and {other!r} overlap"
+
+    for night in (0, 1):
+        picture = tmp_path / f"{width}-{night}.png"
+        mode = f"--blink-settings=preferredColorScheme={1 - night}"
+        size = f"--window-size={width},{math.ceil(sizes['height'])}"
+        assert chromium(plain, mode, size, f"--screenshot={picture}")[1] == []
+        pixels = matplotlib.image.imread(picture)[..., :3]
+        assert pixels.shape[1] == width
+        assert (np.median(pixels) < 0.2) == bool(night)
+        for left, top, right, bottom in sizes["figures"]:
+            inside = pixels[round(top) : round(bottom), round(left) : round(right)].reshape(-1, 3)
+            colours, counts = np.unique((inside * 255).astype(np.uint8), axis=0, return_counts=True)
+            assert len(colours) > 10
+            assert counts.max() < 0.98 * counts.sum()  # something is drawn on the background ...
+            ground = colours[counts.argmax()].astype(float)
+            assert np.abs(colours - ground).max() > 90  # ... and stands out from it
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine to show the page in")
+def test_a_request_would_have_been_seen_and_the_page_forbids_it(content, tmp_path):
+    image = '<img src="https://example.org/pixel.png">'
+    for name, text, asked in [
+        ("open", re.sub("<meta http-equiv[^>]*>", "", content) + image, ["https://example.org/pixel.png"]),
+        ("shut", content + image, []),
+    ]:
+        (tmp_path / f"{name}.html").write_text(text, encoding="utf-8")
+        assert chromium(tmp_path / f"{name}.html", "--dump-dom")[1] == asked
