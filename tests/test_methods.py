@@ -16,6 +16,7 @@ import yaml
 
 import compare
 import predict
+import report
 import train
 from data import tokenize
 from evaluate import Forward
@@ -199,6 +200,15 @@ def test_each_method_has_a_learning_rate_of_its_own_which_what_is_typed_overrule
     assert {method: Options(method=method).learning_rate for method in LEARNING_RATES} == LEARNING_RATES
     assert Options(method="full", learning_rate=0.25).learning_rate == 0.25
     assert set(OF_LORA) <= set(Options.__dataclass_fields__)
+
+
+@pytest.mark.parametrize(("method", "said"), [("full", "Every weight of the model was trained"), ("head", "Only the head was")])
+def test_a_run_without_lora_has_a_report_without_its_geometry(runs, method, said, tmp_path):
+    assert report.main([str(runs / method), "--output", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert said in page
+    assert "Labelled wrong: " in page
+    assert page.count("<figure>") == 3
 
 
 # the card

@@ -11,20 +11,21 @@ from pathlib import Path
 
 import matplotlib.image
 import numpy as np
-import page
 import pytest
 import safetensors.torch
 import torch
-from pictures import picture, place
 from torch import nn
 
 import predict
 import report
+import reports
 import train
 from data import load_dataset
 from lora import LoRALinear
 from lora.variants import DoRALinear
+from reports import page
 from reports.geometry import amplification, effective_rank, geometry, subspace_similarity, thin_svd
+from reports.pictures import picture, place
 
 SCRIPT = "Breaking <script>alert('news')</script> & <b>markets</b> fell by 3 % on Monday."
 NAMES = ["World", "Sports & <i>games</i>", "Business", "Sci/Tech"]
@@ -310,7 +311,8 @@ def test_what_the_user_can_mend_is_one_line_and_status_2(runs, tmp_path, capsys,
     path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": ["q_lin"]}))
     assert "name a run with the same --target-modules" in refused(capsys, one, "--against", queries)
 
-    monkeypatch.delitem(sys.modules, "pictures")
+    monkeypatch.delitem(sys.modules, "reports.pictures")
+    monkeypatch.delattr(reports, "pictures")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "pip install -e '.[report]'" in refused(capsys, one)
 

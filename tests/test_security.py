@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCES = [*ROOT.glob("*.py"), *(path for folder in ("lora", "model", "data") for path in (ROOT / folder).rglob("*.py"))]
+SOURCES = [
+    *ROOT.glob("*.py"),
+    *(path for folder in ("lora", "model", "data", "reports") for path in (ROOT / folder).rglob("*.py")),
+]
 FORBIDDEN = [
     r"import (pickle|marshal|shelve|dill|joblib|cloudpickle)",
     r"from (pickle|marshal|shelve|dill|joblib|cloudpickle)",
