@@ -122,7 +122,8 @@ def main(arguments: list[str]) -> int:
                 print(result, flush=True)
         return 0
     wrong = check(breaks)
-    print(*wrong, sep="\n", file=sys.stderr)
+    for line in wrong:
+        print(line, file=sys.stderr)
     print(f"{len(breaks)} breaks, {len(wrong)} not caught" if wrong else f"{len(breaks)} breaks, each caught")
     return 1 if wrong else 0
 
