@@ -1,9 +1,11 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from model.pretrained import _embedded_folder
 
@@ -26,3 +28,12 @@ def whole_run(tmp_path_factory) -> tuple[Path, str]:
     done = subprocess.run(command, cwd=ROOT, env=no_hub, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For tests on tiny matrices, which take longer to share out between threads than to multiply."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
