@@ -15,6 +15,7 @@ from model import load_pretrained
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+FOLDERS = ("lora", "model", "data", "reports")
 RUN = "runs/2026-11-24-152310"  # as the README calls one
 COMMANDS = list(dict.fromkeys(re.findall(r"^    ((?:python|pip|torchrun|git|pytest|hf) .*)$", README, flags=re.MULTILINE)))
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -30,7 +31,7 @@ ADDED = {
     "python bench/": " --tiny --output {new}",
     "torchrun": f" {SHORT} {{new}} --dataset sample",
 }
-ELSEWHERE = ("pip install", "git clone")  # the installation: the slow test below
+ELSEWHERE = ("pip install", "git clone", "hf upload")  # the installation: the slow test below; an upload wants an account
 SLOW = ("python bench/", "torchrun", "python compare.py")
 
 
@@ -115,7 +116,7 @@ def test_the_printed_output_is_what_a_run_prints(whole_run):
 
 def test_the_table_of_files_names_every_one_with_its_number_of_lines():
     listed = {name: int(lines) for lines, name in re.findall(r"^ *(\d+)  (\S+\.py) ", README, flags=re.MULTILINE)}
-    sources = [*ROOT.glob("*.py"), *(path for part in ("lora", "model", "data") for path in (ROOT / part).glob("*.py"))]
+    sources = [*ROOT.glob("*.py"), *(path for part in FOLDERS for path in (ROOT / part).glob("*.py"))]
     counted = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in sources}
     counted = {name: lines for name, lines in counted.items() if not name.endswith("__init__.py")}
     assert {name: lines for name, lines in listed.items() if not name.startswith("tests/")} == counted
