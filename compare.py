@@ -7,6 +7,8 @@ Each method is a run of train.py in a process of its own, so that its peak memor
 its own unless one is typed. The folders of the three runs stay, in runs/ and a name of its own, or in --output-dir.
 """
 
+import installed  # noqa: F401, I001 - before what may be missing
+
 import subprocess
 import sys
 from datetime import datetime

@@ -5,6 +5,8 @@ python predict.py runs/2026-11-24-103855 --input news.csv > labels.jsonl       J
 python predict.py an/adapter/of/peft --model distilbert-base-uncased < texts   a text a line, and JSON Lines out
 """
 
+import installed  # noqa: F401, I001 - before what may be missing
+
 import argparse
 import io
 import itertools

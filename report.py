@@ -7,6 +7,8 @@ python report.py runs/2026-11-24-103855 --output somewhere.html
 It labels the run's test part again, to show the texts that are labelled wrong; it needs `pip install -e '.[report]'`.
 """
 
+import installed  # noqa: F401, I001 - before what may be missing
+
 import argparse
 import json
 import sys

@@ -3,6 +3,7 @@
 python train.py                                          distilbert-base-uncased on ag_news, r = 2 on q_lin and v_lin
 python train.py --model minilm --dataset sample          the same on the embedded encoder and corpus, without a network
 python train.py --dataset my/folder                      your own train and test, as .jsonl or .csv (see data/datasets.py)
+python train.py --method full                            every weight instead, or the head alone (compare.py runs all three)
 python train.py --resume runs/2026-11-24-103855          go on with a run that was stopped, whatever stopped it
 python train.py --help                                   every option
 
@@ -10,6 +11,8 @@ torchrun --nproc-per-node 4 train.py                     on the four GPUs of one
 torchrun --nnodes 2 --node-rank 0 --nproc-per-node 4 --master-addr HOST --master-port 29500 train.py
                                                          on two machines; on the second, with --node-rank 1
 """
+
+import installed  # noqa: F401, I001 - before what may be missing
 
 import dataclasses
 import io

@@ -610,3 +610,11 @@ def test_a_console_that_cannot_show_a_class_name_does_not_cost_the_run(tmp_path,
     assert ended.returncode == 0, ended.stderr
     assert "caf\\xe9" in ended.stdout
     assert list(json.loads((tmp_path / "out" / "results.json").read_text())["after"]["per_class_f1"]) == ["café", "thé"]
+
+
+@pytest.mark.parametrize("program", ["train.py", "predict.py", "compare.py", "report.py"])
+def test_what_is_not_installed_is_said_in_one_line(program):
+    done = subprocess.run([sys.executable, "-S", program], cwd=Path(train.__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "pip install -e '.[offline]'" in done.stderr
+    assert len(done.stderr.splitlines()) == 1

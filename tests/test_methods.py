@@ -24,6 +24,7 @@ from files import read_json
 from identities import frozen_sha256, identities
 from lora import LoraConfig, LoRALinear, get_peft_model
 from model import DistilBertConfig, DistilBertForSequenceClassification, load_pretrained, save_pretrained
+from model_card import model_card
 from options import LEARNING_RATES, OF_LORA, Options
 from outputs import EVENTS
 
@@ -235,6 +236,16 @@ def test_the_card_has_the_header_that_the_hub_reads_and_the_numbers_of_the_run(w
         assert name in text
     assert f"{results['before']['macro_f1']:.4f}" in text
     assert str(Path.cwd()) not in text
+
+
+def test_the_card_of_the_experiment_names_model_and_data_as_the_hub_knows_them(whole_run):
+    results = read_json(whole_run[0] / "results.json") | {"model": "distilbert-base-uncased", "dataset": "ag_news"}
+    _, header, text = model_card(results).split("---\n", 2)
+    header = yaml.safe_load(header)
+    assert (header["base_model"], header["datasets"]) == ("distilbert-base-uncased", ["SetFit/ag_news"])
+    assert header["model-index"][0]["results"][0]["dataset"]["type"] == "SetFit/ag_news"
+    assert 'from_pretrained("distilbert-base-uncased", id2label=names)' in text
+    assert "as-distilbert" not in text  # it has DistilBERT's names already
 
 
 def test_the_card_of_a_whole_model_is_for_transformers(runs):
