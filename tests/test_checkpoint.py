@@ -357,11 +357,17 @@ def test_two_runs_that_begin_in_the_same_folder_at_the_same_moment_do_not_mix(tm
         Checkpoints(tmp_path, 1, {}, write=True).clean(0)
 
 
+@pytest.mark.slow
 def test_processes_that_would_go_on_from_different_checkpoints_are_refused(words, tmp_path):
     kill_and_go_on(words, tmp_path / "run", kills=1, processes=2, last=False)
     shutil.copytree(tmp_path / "run", tmp_path / "other")
     newest_first(tmp_path / "other")[0].unlink()
-    program = "import os, sys, train; sys.exit(train.main(['--resume', sys.argv[1 + int(os.environ['RANK'])]]))"
+    program = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train
+sys.exit(train.main(["--resume", sys.argv[1 + int(os.environ["RANK"])]]))
+"""
     (tmp_path / "program.py").write_text(program)
     process = start(str(tmp_path / "run"), str(tmp_path / "other"), processes=2, program=[str(tmp_path / "program.py")])
     _, errors = process.communicate(timeout=120)

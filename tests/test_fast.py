@@ -133,7 +133,7 @@ def test_dropout_of_nothing_or_in_evaluation_is_the_input_itself():
     assert dropout(x, 0.5, training=False) is x
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(bfloat16, marks=pytest.mark.slow)])
 def test_the_model_drops_through_it_and_averages_to_what_it_computes_without(dtype, monkeypatch):
     model, calls = small_model(0.2, dtype), []
     monkeypatch.setattr(fast, "dropout", lambda *args, drop=fast.dropout, **kwargs: calls.append(1) or drop(*args, **kwargs))
