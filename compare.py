@@ -1,7 +1,7 @@
 """LoRA, full fine-tuning and the head alone on the same data and seed: the point of LoRA in one table.
 
-python compare.py --model minilm --dataset sample        some minutes on two cores
-python compare.py --dataset my/folder --train-limit 1000 with the options of train.py; those of LoRA are for LoRA alone
+python compare.py --model minilm --dataset sample         a minute on two cores
+python compare.py --dataset my/folder --train-limit 1000  with the options of train.py; those of LoRA are for LoRA alone
 
 Each method is a run of train.py in a process of its own, so that its peak memory is its own, with the learning rate of
 its own unless one is typed. The folders of the three runs stay, in runs/ and a name of its own, or in --output-dir.

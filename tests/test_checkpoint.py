@@ -134,7 +134,7 @@ def test_twenty_kills(processes, words, tmp_path):
     assert_same_end(tmp_path / "run", tmp_path / "alone")
 
 
-@pytest.mark.parametrize("moment", ["half of it is on disk", "it is not renamed yet"])
+@pytest.mark.parametrize("moment", ["half of it is on disk", pytest.param("it is not renamed yet", marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_while_it_writes_a_checkpoint_goes_on_from_the_one_before(moment, words, left_alone, tmp_path):
     run = tmp_path / "run"
     program = f"""

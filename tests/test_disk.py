@@ -56,7 +56,7 @@ def in_one_line(done: subprocess.CompletedProcess | subprocess.Popen, errors: st
         (16, "step-00000000.safetensors"),
         pytest.param(60, "step-0000000", marks=pytest.mark.slow),
         pytest.param(230, "adapter", marks=pytest.mark.slow),
-        (800, "merged"),
+        pytest.param(800, "merged", marks=pytest.mark.slow),
     ],
 )
 def test_with_room_on_a_disk_that_was_full_the_run_goes_on_as_if_nothing_had_been(

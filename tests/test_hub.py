@@ -257,6 +257,7 @@ print(json.dumps({
     assert run(hub.url, home, again, full["model.safetensors"]) is True
 
 
+@pytest.mark.slow
 def test_a_connection_cut_half_way_leaves_nothing_that_a_later_run_would_read(hub, home, full):
     hub.add(FULL_NAME, full)
     hub.fault("cut", "GET", f"{FULL_NAME}/model.safetensors")

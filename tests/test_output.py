@@ -61,13 +61,14 @@ def test_training_goes_on_to_its_end_whatever_becomes_of_its_output(model, tmp_p
 
 
 @FULL
+@pytest.mark.slow
 def test_a_refusal_keeps_its_status_where_nobody_can_read_it(model, tmp_path):
     for redirection in ("> /dev/full 2>&1", "2>&-"):
         assert train(model, tmp_path / "run", redirection, "--r", "0").returncode == 2
 
 
 @FULL
-@pytest.mark.parametrize("count", [1, 3000])
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 3000])
 def test_labels_that_cannot_be_written_are_one_line_and_status_2(whole_run, tmp_path, count):
     (tmp_path / "texts.txt").write_text("A text that is labelled.\n" * count)
     predict = [sys.executable, "predict.py", whole_run[0], "--input", tmp_path / "texts.txt"]

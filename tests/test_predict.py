@@ -188,7 +188,13 @@ STRANGE = [
 
 
 @pytest.mark.parametrize(
-    ("suffix", "encoding"), [(".txt", "utf-8"), (".jsonl", "latin-1"), (".csv", "ascii"), ("stdin", "utf-8")]
+    ("suffix", "encoding"),
+    [
+        pytest.param(".txt", "utf-8", marks=pytest.mark.slow),
+        (".jsonl", "latin-1"),
+        (".csv", "ascii"),
+        pytest.param("stdin", "utf-8", marks=pytest.mark.slow),
+    ],
 )
 def test_strange_texts_get_a_line_of_json_each_that_says_them_whatever_the_console(whole_run, tmp_path, suffix, encoding):
     texts = ["First.", *STRANGE]
