@@ -32,7 +32,19 @@ from reports.page import bars, confusion, document, figure, left_out, section, s
 
 WRONG = 20  # texts that are shown
 DIRECTIONS = 8  # that are compared of each adapter
-NEEDED = ("model", "dataset", "sha256", "versions", "options", "parameters", "before", "after", "train")
+SCORES = {"macro_f1": float, "accuracy": float, "confusion_matrix": list, "per_class_f1": dict}
+NEEDED = {  # what is read of results.json, and its kinds; an int is a float, too
+    **dict.fromkeys(("model", "dataset", "dtype", "device"), str),
+    "processes": int,
+    "sha256": {"weights": str, "data": str},
+    "versions": dict,
+    "options": {"epochs": int, "max_length": int, "r": int, "seed": int},
+    "parameters": {"trainable": int, "all": int, "percent": float},
+    "before": SCORES,
+    "after": SCORES,
+    "train": {"examples": int, "steps": int, "seconds": float, "examples_per_second": float},
+}
+MAY_BE_NULL = {"commit": str, "train_limit": int, "test_limit": int, "revision": str, "method": str}
 TOLD_ELSEWHERE = (
     "model",
     "dataset",
@@ -58,9 +70,39 @@ def read_run(folder: Path) -> dict[str, Any]:
             raise UserError(f"the run in {folder} has not ended: go on with python train.py --resume {folder}, then report")
         raise UserError(f"{folder} is no run that has ended: it holds no results.json; name a folder that train.py wrote")
     results = read_json(path)
-    if missing := [key for key in NEEDED if key not in results]:
-        raise UserError(f"{path} lacks {missing[0]!r}: it is not what train.py writes; train again")
+    if wrong := misfit(results, NEEDED) or misshapen(results["before"]) or misshapen(results["after"]):
+        raise UserError(f"{path}: {wrong} is not what train.py writes there; train again")
+    if not results["options"]["epochs"] or results["before"]["per_class_f1"].keys() != results["after"]["per_class_f1"].keys():
+        raise UserError(f"{path}: a run of no epochs, or of other classes before than after, is none; train again")
+    for key, value in [*results.items(), *results["options"].items()]:
+        if key in MAY_BE_NULL and not (value is None or is_a(value, MAY_BE_NULL[key])):
+            raise UserError(f"{path}: {key} is not what train.py writes there; train again")
     return results
+
+
+def misfit(value: Any, kind: Any, name: str = "the whole") -> str | None:
+    """The name of the first thing in `value` that is missing or not of its kind."""
+    if not isinstance(kind, dict):
+        return None if is_a(value, kind) else name
+    if not isinstance(value, dict):
+        return name
+    return next((wrong for key in kind if (wrong := misfit(value.get(key), kind[key], key))), None)
+
+
+def is_a(value: Any, kind: type) -> bool:
+    if kind in (int, float):
+        numbers = int if kind is int else (int, float)
+        return isinstance(value, numbers) and not isinstance(value, bool) and 0 <= value < 1e15
+    return isinstance(value, kind)
+
+
+def misshapen(scores: dict[str, Any]) -> str | None:
+    """The confusion matrix must be one of counts, a row and a column for each class; an F1 is a share, or null."""
+    matrix, per_class = scores["confusion_matrix"], scores["per_class_f1"]
+    square = bool(matrix) and all(isinstance(row, list) and len(row) == len(matrix) == len(per_class) for row in matrix)
+    if not square or not all(is_a(count, int) for row in matrix for count in row):
+        return "confusion_matrix"
+    return None if all(f1 is None or (is_a(f1, float) and f1 <= 1) for f1 in per_class.values()) else "per_class_f1"
 
 
 def method(results: dict[str, Any]) -> str:

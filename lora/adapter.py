@@ -63,7 +63,7 @@ def read_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     """The configuration and the tensors of an adapter folder. Raises UserError if either cannot be trusted."""
     folder = Path(folder)
     if not os.path.isfile(folder / CONFIG_FILE):  # unlike Path.is_file, it has an answer for a name that is too long
-        raise UserError(f"{folder} is no adapter: it holds no {CONFIG_FILE}")
+        raise UserError(f"{folder} is no adapter: it holds no {CONFIG_FILE}; name the folder of a run, or of an adapter")
     config = LoraConfig.from_pretrained(folder)
     path = folder / WEIGHTS_FILE
     if not path.exists() and (folder / "adapter_model.bin").exists():

@@ -29,6 +29,7 @@ import safetensors.torch
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+import report
 from checkpoint import AdamW, Checkpoints, newest_first, read_newest
 from data import load_dataset, read_texts, tokenize
 from data.datasets import SAMPLE
@@ -37,6 +38,7 @@ from evaluate import Forward, compute_logits
 from lora import LoraConfig, PeftModel, get_peft_model
 from model import DistilBertConfig, DistilBertForSequenceClassification, load_pretrained, save_pretrained
 from options import Options, parse
+from reports.page import bars, confusion
 
 SECONDS, BYTES = 10, 2 << 30
 TOKENS = [b"0", b"-1", b"1e999", b"NaN", b"null", b"true", b"[]", b"{}", b'""', b'"', b"\\", b",", b"\n", b"\r", b"\0", b"\xff"]
@@ -193,6 +195,25 @@ def targets(root: Path) -> dict[str, Target]:
         assert saved.path in (newest, other)
         assert all(torch.equal(tensor, whole[key]) for key, tensor in saved.tensors.items())
 
+    scores = {"macro_f1": 0.5, "accuracy": 0.5, "confusion_matrix": [[1, 0], [1, 0]], "per_class_f1": {"a": 0.5, "b": None}}
+    results = {
+        **{"model": "m", "dataset": "d", "dtype": "float32", "device": "cpu", "processes": 1, "commit": None},
+        **{"sha256": {"weights": "0", "data": "0"}, "versions": {"torch": "2"}, "before": scores, "after": scores},
+        "options": {"epochs": 1, "max_length": 16, "r": 2, "seed": 0, "lora_alpha": 16.0, "test_limit": None},
+        "parameters": {"trainable": 1, "all": 2, "percent": 50.0},
+        "train": {"examples": 4, "steps": 1, "seconds": 1.5, "examples_per_second": 2.7},
+    }
+    ended = root / "ended" / "results.json"
+    ended.parent.mkdir()
+    ended.write_text(json.dumps(results))
+
+    def read_results() -> None:
+        said = report.read_run(ended.parent)
+        page = report.what_was_run(said) + bars(said["before"]["per_class_f1"], said["after"]["per_class_f1"])
+        page += confusion(said["after"]["confusion_matrix"], list(said["after"]["per_class_f1"]))
+        assert "<script" not in page
+        assert report.method(said)
+
     lines = (SAMPLE / "train.jsonl").read_text().splitlines()
     lines = [line for label in range(4) for line in [line for line in lines if json.loads(line)["label"] == label][:2]]
     rows = [json.loads(line) for line in lines]
@@ -228,6 +249,7 @@ def targets(root: Path) -> dict[str, Target]:
         "adapter_config.json": Target(root / "adapter" / "adapter_config.json", read_adapter, mutate_json),
         "adapter_model.safetensors": Target(root / "adapter" / "adapter_model.safetensors", read_adapter),
         "checkpoint": Target(newest, read_checkpoint),
+        "results.json": Target(ended, read_results, mutate_json),
     }
     for name, content in files.items():
         path = root / name.replace(" ", "-") / name.split()[0]

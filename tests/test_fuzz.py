@@ -12,6 +12,6 @@ def test_damaged_input_is_read_correctly_or_refused():
     assert done.returncode == 0, done.stderr[-2000:]
     assert "600 inputs" in done.stdout
     kinds = [line.split() for line in done.stdout.splitlines() if line.endswith("refused")]
-    assert len(kinds) == 12
+    assert len(kinds) == 13
     assert sum(int(words[-2]) for words in kinds) > 200  # refused
     assert sum(int(words[-4]) for words in kinds) > 20  # read

@@ -293,7 +293,7 @@ def test_what_the_user_can_mend_is_one_line_and_status_2(runs, tmp_path, capsys,
     assert "unrecognized" in refused(capsys, one, "--frobnicate")
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "results.json").write_text('{"model": "minilm"}')
-    assert "lacks 'dataset'" in refused(capsys, tmp_path / "half")
+    assert "dataset is not what train.py writes there" in refused(capsys, tmp_path / "half")
     (tmp_path / "half" / "results.json").write_text("{")
     assert "is not JSON" in refused(capsys, tmp_path / "half")
 
