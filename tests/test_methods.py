@@ -316,6 +316,7 @@ def test_without_tensorboard_installed_a_run_says_what_to_install_before_it_begi
 # compare.py
 
 
+@pytest.mark.slow
 def test_compare_runs_every_method_and_says_in_one_table_what_each_took(tmp_path, tiny, capsys):
     folder = tmp_path / "three"
     assert compare.main([*SHORT, "--model", str(tiny), "--r", "4", "--output-dir", str(folder)]) == 0

@@ -36,7 +36,7 @@ ADDED = {
 }
 # run elsewhere: the installation below, slowly; `python train.py` by conftest.py; this very suite; an upload wants an account
 ELSEWHERE = re.compile("pip install .*|git clone .*|python train.py|pytest|hf upload .*")
-SLOW = ("python bench/", "torchrun", "python compare.py", "python tests/")
+SLOW = ("python bench/", "torchrun", "python compare.py", "python tests/", "python train.py --model")
 
 
 @pytest.fixture(scope="module")
