@@ -1,6 +1,5 @@
 """What LoRA promises (arXiv:2106.09685, section 4.1), seen on the real model before it is trained."""
 
-import hashlib
 from collections import Counter
 
 import numpy as np
@@ -8,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from checkpoint import sha256
 from data import TokenizedTexts, micro_batches
 from evaluate import Forward
 from lora import LoRALinear, PeftModel
@@ -55,9 +55,5 @@ def where_gradients_go(model: nn.Module, layers: list[LoRALinear]) -> str:
 
 def frozen_sha256(model: nn.Module) -> str | None:
     """Of the values of everything that is not trained; None if all is."""
-    frozen = [(name, parameter) for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    digest = hashlib.sha256()
-    for name, parameter in frozen:
-        digest.update(name.encode())
-        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest() if frozen else None
+    frozen = {name: value.detach().cpu().contiguous() for name, value in model.named_parameters() if not value.requires_grad}
+    return sha256("", frozen) if frozen else None

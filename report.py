@@ -17,34 +17,21 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from checkpoint import newest_first
 from data import load_dataset, tokenize
 from errors import UserError, exit_status
 from evaluate import progress
-from files import read_json, write_file
+from files import write_file
 from inputs import data_sha256
 from lora import LoRALinear, PeftModel
 from model import load_pretrained
 from options import Parser
 from predict import label, load_classifier
 from reports.geometry import Geometry, geometry, subspace_similarity
+from reports.results import read_run
 from reports.page import bars, confusion, document, figure, left_out, section, shown, table, texts, tiles
 
 WRONG = 20  # texts that are shown
 DIRECTIONS = 8  # that are compared of each adapter
-SCORES = {"macro_f1": float, "accuracy": float, "confusion_matrix": list, "per_class_f1": dict}
-NEEDED = {  # what is read of results.json, and its kinds; an int is a float, too
-    **dict.fromkeys(("model", "dataset", "dtype", "device"), str),
-    "processes": int,
-    "sha256": {"weights": str, "data": str},
-    "versions": dict,
-    "options": {"epochs": int, "max_length": int, "r": int, "seed": int},
-    "parameters": {"trainable": int, "all": int, "percent": float},
-    "before": SCORES,
-    "after": SCORES,
-    "train": {"examples": int, "steps": int, "seconds": float, "examples_per_second": float},
-}
-MAY_BE_NULL = {"commit": str, "train_limit": int, "test_limit": int, "revision": str, "method": str}
 TOLD_ELSEWHERE = (
     "model",
     "dataset",
@@ -60,53 +47,6 @@ WITHOUT_LORA = {
     "full": "Every weight of the model was trained, without LoRA: there are no A and B to look at.",
     "head": "Only the head was trained, without LoRA: there are no A and B to look at.",
 }
-
-
-def read_run(folder: Path) -> dict[str, Any]:
-    """The results.json of a run that has ended. Raises UserError if the folder holds none."""
-    path = folder / "results.json"
-    if not path.exists():
-        if newest_first(folder):
-            raise UserError(f"the run in {folder} has not ended: go on with python train.py --resume {folder}, then report")
-        raise UserError(f"{folder} is no run that has ended: it holds no results.json; name a folder that train.py wrote")
-    results = read_json(path)
-    if wrong := misfit(results, NEEDED) or misshapen(results["before"]) or misshapen(results["after"]):
-        raise UserError(f"{path}: {wrong} is not what train.py writes there; train again")
-    if not results["options"]["epochs"] or results["before"]["per_class_f1"].keys() != results["after"]["per_class_f1"].keys():
-        raise UserError(f"{path}: a run of no epochs, or of other classes before than after, is none; train again")
-    for key, value in [*results.items(), *results["options"].items()]:
-        if key in MAY_BE_NULL and not (value is None or is_a(value, MAY_BE_NULL[key])):
-            raise UserError(f"{path}: {key} is not what train.py writes there; train again")
-    return results
-
-
-def misfit(value: Any, kind: Any, name: str = "the whole") -> str | None:
-    """The name of the first thing in `value` that is missing or not of its kind."""
-    if not isinstance(kind, dict):
-        return None if is_a(value, kind) else name
-    if not isinstance(value, dict):
-        return name
-    return next((wrong for key in kind if (wrong := misfit(value.get(key), kind[key], key))), None)
-
-
-def is_a(value: Any, kind: type) -> bool:
-    if kind in (int, float):
-        numbers = int if kind is int else (int, float)
-        return isinstance(value, numbers) and not isinstance(value, bool) and 0 <= value < 1e15
-    return isinstance(value, kind)
-
-
-def misshapen(scores: dict[str, Any]) -> str | None:
-    """The confusion matrix must be one of counts, a row and a column for each class; an F1 is a share, or null."""
-    matrix, per_class = scores["confusion_matrix"], scores["per_class_f1"]
-    square = bool(matrix) and all(isinstance(row, list) and len(row) == len(matrix) == len(per_class) for row in matrix)
-    if not square or not all(is_a(count, int) for row in matrix for count in row):
-        return "confusion_matrix"
-    return None if all(f1 is None or (is_a(f1, float) and f1 <= 1) for f1 in per_class.values()) else "per_class_f1"
-
-
-def method(results: dict[str, Any]) -> str:
-    return results["options"].get("method", "lora")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -151,7 +91,7 @@ def compare(folder: Path, results: dict[str, Any], other: Path) -> tuple[dict[st
     """The other run's results and geometry. Raises UserError if there is nothing to compare."""
     theirs = read_run(other)
     for path, run in [(folder, results), (other, theirs)]:
-        if method(run) != "lora":
+        if run["options"]["method"] != "lora":
             raise UserError(f"--against compares two runs with LoRA, and {path} has none: leave it out")
     if results["sha256"]["weights"] != theirs["sha256"]["weights"]:
         raise UserError(
@@ -302,8 +242,8 @@ def report(folder: Path, other: Path | None, pictures: ModuleType) -> str:
     """The whole page. Raises UserError if there is no run that has ended, or nothing to compare it with."""
     results = read_run(folder)
     title = "What LoRA learned"
-    if method(results) != "lora" and not other:
-        learned = section(title, f"<p>{WITHOUT_LORA.get(method(results), WITHOUT_LORA['head'])}</p>")
+    if results["options"]["method"] != "lora" and not other:
+        learned = section(title, f"<p>{WITHOUT_LORA[results['options']['method']]}</p>")
     else:
         try:
             theirs, their_geometry = compare(folder, results, other) if other else ({}, {})
@@ -326,7 +266,7 @@ def report(folder: Path, other: Path | None, pictures: ModuleType) -> str:
         "accuracy after training": f"{after['accuracy']:.3f}",
         "parameters trained": f"{results['parameters']['trainable']:,}",
     }
-    how = f"LoRA, r = {options['r']}" if method(results) == "lora" else f"--method {method(results)}"
+    how = f"LoRA, r = {options['r']}" if results["options"]["method"] == "lora" else f"--method {results['options']['method']}"
     body = tiles(numbers) + what_was_run(results) + what_came_of_it(folder, results, pictures)
     body += what_is_wrong(folder, results) + learned
     return document(f"{results['model']} on {results['dataset']}, {how}", f"The run in {folder.resolve().name}", body)

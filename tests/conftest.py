@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
+from model import DistilBertConfig, DistilBertForSequenceClassification, save_pretrained
 from model.pretrained import _embedded_folder
 
 ROOT = Path(__file__).parent.parent
@@ -16,6 +18,16 @@ ROOT = Path(__file__).parent.parent
 def tokenizer_file() -> Path:
     """The tokenizer of bert-base-uncased, which DistilBERT and MiniLM share, out of the embedded encoder."""
     return _embedded_folder() / "tokenizer.json"
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory, tokenizer_file) -> Path:
+    """A small DistilBERT with random weights and four classes, on disk."""
+    torch.manual_seed(0)
+    config = DistilBertConfig(dim=32, n_layers=2, n_heads=2, hidden_dim=64, num_labels=4)
+    folder = tmp_path_factory.mktemp("small") / "model"
+    save_pretrained(DistilBertForSequenceClassification(config), Tokenizer.from_file(str(tokenizer_file)), folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -39,6 +39,7 @@ from lora import LoraConfig, PeftModel, get_peft_model
 from model import DistilBertConfig, DistilBertForSequenceClassification, load_pretrained, save_pretrained
 from options import Options, parse
 from reports.page import bars, confusion
+from reports.results import read_run
 
 SECONDS, BYTES = 10, 2 << 30
 TOKENS = [b"0", b"-1", b"1e999", b"NaN", b"null", b"true", b"[]", b"{}", b'""', b'"', b"\\", b",", b"\n", b"\r", b"\0", b"\xff"]
@@ -199,7 +200,15 @@ def targets(root: Path) -> dict[str, Target]:
     results = {
         **{"model": "m", "dataset": "d", "dtype": "float32", "device": "cpu", "processes": 1, "commit": None},
         **{"sha256": {"weights": "0", "data": "0"}, "versions": {"torch": "2"}, "before": scores, "after": scores},
-        "options": {"epochs": 1, "max_length": 16, "r": 2, "seed": 0, "lora_alpha": 16.0, "test_limit": None},
+        "options": {
+            "epochs": 1,
+            "max_length": 16,
+            "r": 2,
+            "seed": 0,
+            "train_limit": None,
+            "test_limit": None,
+            "method": "lora",
+        },
         "parameters": {"trainable": 1, "all": 2, "percent": 50.0},
         "train": {"examples": 4, "steps": 1, "seconds": 1.5, "examples_per_second": 2.7},
     }
@@ -208,11 +217,10 @@ def targets(root: Path) -> dict[str, Target]:
     ended.write_text(json.dumps(results))
 
     def read_results() -> None:
-        said = report.read_run(ended.parent)
+        said = read_run(ended.parent)
         page = report.what_was_run(said) + bars(said["before"]["per_class_f1"], said["after"]["per_class_f1"])
         page += confusion(said["after"]["confusion_matrix"], list(said["after"]["per_class_f1"]))
         assert "<script" not in page
-        assert report.method(said)
 
     lines = (SAMPLE / "train.jsonl").read_text().splitlines()
     lines = [line for label in range(4) for line in [line for line in lines if json.loads(line)["label"] == label][:2]]

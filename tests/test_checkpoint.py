@@ -17,13 +17,11 @@ import pytest
 import safetensors.torch
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
 
 import checkpoint
 from checkpoint import Checkpoints, newest_first, read_newest
 from errors import UserError
 from files import append_line
-from model import DistilBertConfig, DistilBertForSequenceClassification, save_pretrained
 from options import Options
 from train import main
 
@@ -33,18 +31,9 @@ STEPS = 50  # 200 examples in batches of 8, twice
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory, tokenizer_file) -> Path:
-    torch.manual_seed(0)
-    config = DistilBertConfig(dim=32, n_layers=2, n_heads=2, hidden_dim=64, num_labels=4)
-    folder = tmp_path_factory.mktemp("small") / "model"
-    save_pretrained(DistilBertForSequenceClassification(config), Tokenizer.from_file(str(tokenizer_file)), folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def words(model) -> list[str]:
+def words(small_model) -> list[str]:
     options = ["--train-limit", "200", "--test-limit", "20", "--batch-size", "8", "--epochs", "2", "--checkpoint-every", "2"]
-    return ["--model", str(model), "--dataset", "sample", "--learning-rate", "3e-3", *options]
+    return ["--model", str(small_model), "--dataset", "sample", "--learning-rate", "3e-3", *options]
 
 
 @pytest.fixture(scope="module")

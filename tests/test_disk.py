@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from test_checkpoint import STEPS, assert_same_end, left_alone, model, start, wait_for_step, words  # noqa: F401
+from test_checkpoint import STEPS, assert_same_end, left_alone, start, wait_for_step, words  # noqa: F401
 
 from checkpoint import newest_first, read_newest
 from errors import UserError

@@ -23,32 +23,31 @@ from evaluate import Forward
 from files import read_json
 from identities import frozen_sha256, identities
 from lora import LoraConfig, LoRALinear, get_peft_model
-from model import DistilBertConfig, DistilBertForSequenceClassification, load_pretrained, save_pretrained
+from model import load_pretrained
 from model_card import model_card
 from options import LEARNING_RATES, OF_LORA, Options
 from outputs import EVENTS
 
 SHORT = ["--dataset", "sample", "--train-limit", "96", "--test-limit", "48", "--epochs", "1"]
-DIM, LAYERS = 48, 2
+DIM, LAYERS = 32, 2  # of the small model
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Path:
-    """A small DistilBERT with random weights, on disk."""
-    torch.manual_seed(0)
-    config = DistilBertConfig(dim=DIM, n_layers=LAYERS, n_heads=4, hidden_dim=2 * DIM, num_labels=4)
-    folder = tmp_path_factory.mktemp("tiny") / "base"
-    save_pretrained(DistilBertForSequenceClassification(config), load_pretrained("minilm", 4)[1], folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory, tiny) -> Path:
+def runs(tmp_path_factory, small_model) -> Path:
     """A short run of each method."""
     folder = tmp_path_factory.mktemp("methods")
     for method in LEARNING_RATES:
-        options = [*SHORT, "--model", str(tiny), "--method", method, "--tensorboard", "--output-dir", str(folder / method)]
+        options = [
+            *SHORT,
+            "--model",
+            str(small_model),
+            "--method",
+            method,
+            "--tensorboard",
+            "--output-dir",
+            str(folder / method),
+        ]
         assert train.main(options) == 0
     return folder
 
@@ -99,8 +98,8 @@ def test_the_hash_of_the_frozen_weights_changes_with_one_bit_of_one_of_them_and_
     assert frozen_sha256(forward_of(None)[0].model) is None
 
 
-def test_a_run_prints_its_identities_in_four_lines_and_quiet_leaves_them_out(tmp_path, tiny, capsys):
-    short = [*SHORT, "--model", str(tiny), "--train-limit", "16", "--test-limit", "8"]
+def test_a_run_prints_its_identities_in_four_lines_and_quiet_leaves_them_out(tmp_path, small_model, capsys):
+    short = [*SHORT, "--model", str(small_model), "--train-limit", "16", "--test-limit", "8"]
     assert train.main([*short, "--output-dir", str(tmp_path / "loud")]) == 0
     loud = capsys.readouterr().out.splitlines()
     assert train.main([*short, "--quiet", "--output-dir", str(tmp_path / "quiet")]) == 0
@@ -118,9 +117,9 @@ def test_a_run_prints_its_identities_in_four_lines_and_quiet_leaves_them_out(tmp
     assert weights[0] == weights[1]  # to look changes nothing
 
 
-def test_each_method_trains_what_its_name_says_and_saves_that(runs, tiny):
+def test_each_method_trains_what_its_name_says_and_saves_that(runs, small_model):
     found = {method: read_json(runs / method / "results.json")["parameters"]["trainable"] for method in LEARNING_RATES}
-    base = load_pretrained(str(tiny), 4)[0].state_dict()
+    base = load_pretrained(str(small_model), 4)[0].state_dict()
     head = DIM * DIM + DIM + 4 * DIM + 4
     assert found == {
         "lora": head + LAYERS * 2 * 2 * (DIM + DIM),
@@ -150,8 +149,8 @@ def test_predict_labels_with_whatever_was_trained_as_the_run_measured(runs, meth
     assert right / 48 == pytest.approx(read_json(runs / method / "results.json")["after"]["accuracy"], abs=0.05)
 
 
-def test_peft_loads_a_head_that_was_trained_alone(runs, tiny):
-    base = transformers.AutoModelForSequenceClassification.from_pretrained(tiny)
+def test_peft_loads_a_head_that_was_trained_alone(runs, small_model):
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(small_model)
     theirs = peft.PeftModel.from_pretrained(base, runs / "head" / "adapter").eval()
     forward, tokenizer, _ = predict.load_classifier(runs / "head", None, "cpu", 256)
     ids = torch.tensor([tokenizer.encode("Oil prices rose on Monday").ids])
@@ -164,8 +163,8 @@ def test_a_whole_model_that_was_trained_loads_in_transformers(runs):
     assert classify("Oil prices rose on Monday")[0]["label"] in ("World", "Sports", "Business", "Sci/Tech")
 
 
-def test_a_run_of_every_weight_goes_on_bit_for_bit(tmp_path, tiny):
-    short = [*SHORT, "--model", str(tiny), "--method", "full", "--train-limit", "48", "--test-limit", "8", "--quiet"]
+def test_a_run_of_every_weight_goes_on_bit_for_bit(tmp_path, small_model):
+    short = [*SHORT, "--model", str(small_model), "--method", "full", "--train-limit", "48", "--test-limit", "8", "--quiet"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert train.main([*short, "--output-dir", str(whole)]) == 0
     program = (
@@ -256,7 +255,7 @@ def test_the_card_of_a_whole_model_is_for_transformers(runs):
 
 
 @pytest.mark.parametrize("method", ["minilm", "lora", "head", "full"])
-def test_the_code_on_a_card_runs_as_it_stands(runs, method, tiny, whole_run, tmp_path, monkeypatch, capsys):
+def test_the_code_on_a_card_runs_as_it_stands(runs, method, small_model, whole_run, tmp_path, monkeypatch, capsys):
     run = whole_run[0] if method == "minilm" else runs / method
     folder = run / ("model" if method == "full" else "adapter")
     blocks = re.findall(r"```python\n(.*?)```", card_of(folder)[1], flags=re.DOTALL)
@@ -264,7 +263,7 @@ def test_the_code_on_a_card_runs_as_it_stands(runs, method, tiny, whole_run, tmp
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     for block in blocks:
-        code = block.replace("THIS_FOLDER", str(folder)).replace("BASE_MODEL", str(tiny))
+        code = block.replace("THIS_FOLDER", str(folder)).replace("BASE_MODEL", str(small_model))
         exec(code.replace('"a text"', '"Oil prices rose on Monday"'), names)
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == len(blocks)
@@ -276,14 +275,14 @@ def test_the_code_on_a_card_runs_as_it_stands(runs, method, tiny, whole_run, tmp
         assert answer["score"] == pytest.approx(ours["score"], abs=0.02)
 
 
-def test_the_card_tells_no_path_of_this_machine_and_survives_odd_label_names(tmp_path, tiny):
+def test_the_card_tells_no_path_of_this_machine_and_survives_odd_label_names(tmp_path, small_model):
     data = tmp_path / "my news"
     data.mkdir()
     for name in ("train", "test"):
         rows = [{"text": f"text {i}", "label": ["a|b", "two\nlines: x", "c", "d"][i % 4]} for i in range(8)]
         (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     folder = tmp_path / "run"
-    assert train.main(["--model", str(tiny), "--dataset", str(data), "--epochs", "1", "--output-dir", str(folder)]) == 0
+    assert train.main(["--model", str(small_model), "--dataset", str(data), "--epochs", "1", "--output-dir", str(folder)]) == 0
     header, text = card_of(folder / "adapter")
     assert str(tmp_path) not in (folder / "adapter" / "README.md").read_text()
     assert header["model-index"][0]["results"][0]["dataset"]["name"] == "my news"
@@ -306,9 +305,9 @@ def test_tensorboard_shows_what_metrics_says(runs):
         assert shown == [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in lines]
 
 
-def test_without_tensorboard_installed_a_run_says_what_to_install_before_it_begins(tmp_path, tiny, monkeypatch, capsys):
+def test_without_tensorboard_installed_a_run_says_what_to_install_before_it_begins(tmp_path, small_model, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    assert train.main([*SHORT, "--model", str(tiny), "--tensorboard", "--output-dir", str(tmp_path / "run")]) == 2
+    assert train.main([*SHORT, "--model", str(small_model), "--tensorboard", "--output-dir", str(tmp_path / "run")]) == 2
     assert "pip install -e '.[tensorboard]'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
@@ -317,11 +316,11 @@ def test_without_tensorboard_installed_a_run_says_what_to_install_before_it_begi
 
 
 @pytest.mark.slow
-def test_compare_runs_every_method_and_says_in_one_table_what_each_took(tmp_path, tiny, capsys):
+def test_compare_runs_every_method_and_says_in_one_table_what_each_took(tmp_path, small_model, capsys):
     folder = tmp_path / "three"
-    assert compare.main([*SHORT, "--model", str(tiny), "--r", "4", "--output-dir", str(folder)]) == 0
+    assert compare.main([*SHORT, "--model", str(small_model), "--r", "4", "--output-dir", str(folder)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"model {tiny}, data sample: 96 examples of training"
+    assert lines[0] == f"model {small_model}, data sample: 96 examples of training"
     cells = [re.split(r"\s{2,}", line.strip()) for line in lines[1:]]
     assert [row[0] for row in cells[1:]] == ["lora", "full", "head"]
     for method, trained, _, optimizer, saved, memory, _, f1 in cells[1:]:

@@ -7,23 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from tokenizers import Tokenizer
-
-from model import DistilBertConfig, DistilBertForSequenceClassification, save_pretrained
 
 ROOT = Path(__file__).parent.parent
 FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
 NO_SPACE = "standard output cannot be written: No space left on device"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory, tokenizer_file) -> Path:
-    torch.manual_seed(0)
-    config = DistilBertConfig(dim=32, n_layers=1, n_heads=2, hidden_dim=64, num_labels=4)
-    folder = tmp_path_factory.mktemp("small") / "model"
-    save_pretrained(DistilBertForSequenceClassification(config), Tokenizer.from_file(str(tokenizer_file)), folder)
-    return folder
 
 
 def train(model: Path, run: Path, redirection: str, *more: str) -> subprocess.CompletedProcess:
@@ -50,9 +37,9 @@ def shell(command: list, redirection: str) -> subprocess.CompletedProcess:
         (">&- 2>&-", 0),
     ],
 )
-def test_training_goes_on_to_its_end_whatever_becomes_of_its_output(model, tmp_path, redirection, status):
+def test_training_goes_on_to_its_end_whatever_becomes_of_its_output(small_model, tmp_path, redirection, status):
     run = tmp_path / "run"
-    done = train(model, run, redirection)
+    done = train(small_model, run, redirection)
     assert done.returncode == status
     assert json.loads((run / "results.json").read_text())["train"]["examples"] == 100
     assert sorted(path.name for path in run.iterdir()) == ["adapter", "metrics.jsonl", "results.json"]
@@ -62,9 +49,9 @@ def test_training_goes_on_to_its_end_whatever_becomes_of_its_output(model, tmp_p
 
 @FULL
 @pytest.mark.slow
-def test_a_refusal_keeps_its_status_where_nobody_can_read_it(model, tmp_path):
+def test_a_refusal_keeps_its_status_where_nobody_can_read_it(small_model, tmp_path):
     for redirection in ("> /dev/full 2>&1", "2>&-"):
-        assert train(model, tmp_path / "run", redirection, "--r", "0").returncode == 2
+        assert train(small_model, tmp_path / "run", redirection, "--r", "0").returncode == 2
 
 
 @FULL
