@@ -5,20 +5,22 @@ python bench/compare_peft.py --dataset my/folder  on your own texts
 python bench/compare_peft.py --tiny               a small model and two batches: only to see that everything here still runs
 
 All sides start from one random full-size DistilBERT, train with the dropouts of the checkpoint, r = 2 on q_lin and v_lin and
-the head, AdamW, the same seed, and cut texts at the same length. They take turns, batch by batch, so that a machine that slows
-down slows all of them. Memory and start-up are measured in processes of their own. No network is needed.
+the head, AdamW, the same seed, and cut texts at the same length. Each is a process of its own, so that none works in the heap
+and the caches that another left behind; they take turns, batch by batch, so that a machine that slows down slows all of them.
+No network is needed.
 """
 
 import argparse
 import json
 import math
+import multiprocessing
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +37,11 @@ LORA: dict[str, Any] = {
 
 
 class Side:
-    """One way to train, a batch at a time by `step`, and then to label by `labeller`, on the base model in `folder`."""
+    """One way to train, a batch at a time by `step`, and then to `label`, on the base model in `folder`."""
 
     parts = False  # whether a batch goes through the model in parts of at most TOKENS tokens, padding included
     lengths: Any  # of the training texts, in tokens
+    labels: Callable | None = None
 
     def __init__(self, folder: Path, dataset: str, max_length: int):
         import torch
@@ -78,6 +81,23 @@ class Side:
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def label(self, texts: list[str]) -> None:
+        """Merges first, when it is called for the first time."""
+        self.labels = self.labels or self.labeller()
+        self.labels(texts)
+
+    def about(self) -> tuple[Any, Any, Any]:
+        """The lengths of the training texts, the network's configuration, the type of the frozen weights."""
+        return self.lengths, self.model.get_base_model().config, self.dtype
+
+    def peak_memory(self) -> float:
+        """MB, since the process began."""
+        import torch
+
+        from machine import peak_memory_mb
+
+        return peak_memory_mb(torch.device("cpu")) or math.nan
 
 
 class PlainLora(Side):
@@ -222,14 +242,36 @@ def split(lengths: Any, batch: Any) -> list[Any]:
     return micro_batches(lengths, batch, TOKENS)
 
 
+class Process:
+    """A side in a process of its own, ready for its first step. What is raised there is raised here."""
+
+    side: Side  # there
+
+    def __init__(self, name: str, *about: Any):
+        """`about` is what the side's class is made of."""
+        context = multiprocessing.get_context("spawn")
+        self.pool = ProcessPoolExecutor(1, context, self.begin, (name, *about))
+        self.lengths, self.config, self.dtype = self.ask("about")
+
+    @staticmethod
+    def begin(name: str, *about: Any) -> None:
+        Process.side = SIDES[name](*about)
+
+    @staticmethod
+    def answer(method: str, *args: Any) -> Any:
+        return getattr(Process.side, method)(*args)
+
+    def ask(self, method: str, *args: Any) -> Any:
+        return self.pool.submit(self.answer, method, *args).result()
+
+
 class GemmRate:
     """The linear layers' products of one step, alone: what no implementation on this machine can go below."""
 
-    def __init__(self, side: Side):
+    def __init__(self, config: Any, dtype: Any):
         import torch
 
-        config = side.model.get_base_model().config
-        self.d, self.h, self.layers, self.dtype = config.dim, config.hidden_dim, config.n_layers, side.dtype
+        self.d, self.h, self.layers, self.dtype = config.dim, config.hidden_dim, config.n_layers, dtype
         self.flops, self.seconds = 0.0, 0.0
         self.weights = [torch.randn(shape).to(self.dtype) for shape in [(self.d, self.d), (self.h, self.d), (self.d, self.h)]]
 
@@ -280,12 +322,21 @@ def compare(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
     from data import load_dataset, training_batches
 
-    sides = {name: side(folder, options.dataset, options.max_length) for name, side in SIDES.items()}
+    sides: dict[str, Process] = {}
+    starting: dict[str, list[float]] = {name: [] for name in SIDES}
+    for _ in range(options.rounds):
+        for name in SIDES:
+            if name in sides:
+                sides[name].pool.shutdown()
+            start = time.perf_counter()
+            sides[name] = Process(name, folder, options.dataset, options.max_length)
+            starting[name].append(time.perf_counter() - start)
+
     lengths = sides[OURS].lengths
     alike = spread(training_batches(lengths, options.batch_size, seed=0, epoch=0), lengths, 1 + options.batches)
     shuffled = np.array_split(np.random.default_rng(0).permutation(len(lengths)), math.ceil(len(lengths) / options.batch_size))
     shuffled = spread(shuffled, lengths, 1 + options.batches)
-    gemm = GemmRate(sides[OURS])
+    gemm = GemmRate(sides[OURS].config, sides[OURS].dtype)
     seconds: dict[str, list[float]] = {name: [] for name in SIDES}
     examples = dict.fromkeys(SIDES, 0)
     tokens = 0
@@ -293,7 +344,7 @@ def compare(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         for name, side in sides.items():
             batch = (shuffled if name == TUTORIAL else alike)[number]
             start = time.perf_counter()
-            side.step(batch)
+            side.ask("step", batch)
             if number:  # the first is there to warm up
                 seconds[name].append(time.perf_counter() - start)
                 examples[name] += len(batch)
@@ -302,52 +353,25 @@ def compare(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
             tokens += sum(sizes)
             gemm.measure(max(sizes))
             print(f"batch {number}", *(f"{seconds[name][-1]:.2f} s" for name in SIDES), file=sys.stderr)
+    memory = {name: side.ask("peak_memory") for name, side in sides.items()}
+
+    texts = load_dataset(options.dataset).test.texts[: options.texts]
+    labelling: dict[str, list[float]] = {name: [] for name in SIDES}
+    for number in range(1 + options.rounds):
+        for name, side in sides.items():
+            start = time.perf_counter()
+            side.ask("label", texts)
+            if number:
+                labelling[name].append(time.perf_counter() - start)
     rate = gemm.flops / gemm.seconds
-    result: dict[str, Any] = {
+    return {
         "training, examples/s": {name: examples[name] / sum(seconds[name]) for name in SIDES},
+        "inference, texts/s": {name: len(texts) / statistics.mean(values) for name, values in labelling.items()},
+        "peak memory of training, MB": memory,
+        "seconds to the first step": {name: statistics.median(values) for name, values in starting.items()},
         "GEMM rate, GFLOP/s": rate / 1e9,
         "share of the GEMM rate": gemm.needed(tokens) / sum(seconds[OURS]) / rate,
     }
-
-    texts = load_dataset(options.dataset).test.texts[: options.texts]
-    labellers = {name: side.labeller() for name, side in sides.items()}
-    labelled: dict[str, list[float]] = {name: [] for name in labellers}
-    for number in range(1 + options.rounds):
-        for name, label in labellers.items():
-            start = time.perf_counter()
-            label(texts)
-            if number:
-                labelled[name].append(time.perf_counter() - start)
-    result["inference, texts/s"] = {name: len(texts) / statistics.mean(values) for name, values in labelled.items()}
-    return result
-
-
-def measure_alone(what: str, name: str, folder: Path, options: argparse.Namespace) -> float:
-    """`what` of one side in a process of its own: its peak memory in MB, or the seconds until its first step."""
-    command = [sys.executable, __file__, "--measure", what, "--side", name, "--checkpoint", str(folder)]
-    for option in ("dataset", "batch_size", "max_length", "batches"):
-        command += [f"--{option.replace('_', '-')}", str(getattr(options, option))]
-    start = time.time()
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    value = float(done.stdout.split()[-1])
-    return value - start if what == "start-up" else value
-
-
-def measure(options: argparse.Namespace) -> None:
-    import torch
-
-    side = SIDES[options.side](options.checkpoint, options.dataset, options.max_length)
-    if options.measure == "memory":
-        from data import training_batches
-        from machine import peak_memory_mb
-
-        for batch in spread(
-            training_batches(side.lengths, options.batch_size, seed=0, epoch=0), side.lengths, 1 + options.batches
-        ):
-            side.step(batch)
-        print(peak_memory_mb(torch.device("cpu")))
-    else:
-        print(time.time())
 
 
 def table(result: dict[str, Any]) -> str:
@@ -375,22 +399,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="of labelling, and starts of each side")
     parser.add_argument("--output", type=Path, default=Path("compare_peft.json"))
     parser.add_argument("--tiny", action="store_true")
-    for inner, kind in [("measure", str), ("side", str), ("checkpoint", Path)]:
-        parser.add_argument(f"--{inner}", type=kind, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.measure:
-        return measure(options)
     if options.tiny:
         options.batches, options.texts, options.rounds, options.max_length = 2, 16, 1, 32
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "distilbert"
         make_checkpoint(folder, options.tiny)
         result = compare(folder, options)
-        result["peak memory of training, MB"] = {name: measure_alone("memory", name, folder, options) for name in SIDES}
-        result["seconds to the first step"] = {
-            name: statistics.median(measure_alone("start-up", name, folder, options) for _ in range(options.rounds))
-            for name in SIDES
-        }
     print(table(result))
     import peft
     import torch
@@ -400,9 +415,9 @@ def main() -> None:
     machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
     settings = {name: " ".join((side.__doc__ or "").split()) for name, side in SIDES.items()}
     about = {"settings": settings, "versions": versions, "machine": machine}
-    about["options"] = {
-        key: value for key, value in vars(options).items() if key not in ("measure", "side", "checkpoint", "output")
-    } | {"dataset": Path(options.dataset).name}
+    about["options"] = {key: value for key, value in vars(options).items() if key != "output"} | {
+        "dataset": Path(options.dataset).name
+    }
     options.output.write_text(json.dumps(about | {"results": result}, indent=2) + "\n")
 
 
