@@ -229,8 +229,8 @@ class Tutorial(Bfloat16):
 
 SIDES: dict[str, type[Side]] = {
     OURS: PlainLora,
-    "peft, tuned": Tuned,
     "peft, bfloat16": Bfloat16,
+    "peft, tuned": Tuned,
     TUTORIAL: Tutorial,
 }
 
