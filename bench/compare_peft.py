@@ -26,6 +26,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from errors import exit_status
+
 OURS, TUTORIAL = "plain-lora", "peft, tutorial"
 LORA: dict[str, Any] = {
     "task_type": "SEQ_CLS",
@@ -322,6 +324,7 @@ def compare(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
     from data import load_dataset, training_batches
 
+    texts = load_dataset(options.dataset).test.texts[: options.texts]  # first, so that a mistyped name is told at once
     sides: dict[str, Process] = {}
     starting: dict[str, list[float]] = {name: [] for name in SIDES}
     for _ in range(options.rounds):
@@ -355,7 +358,6 @@ def compare(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
             print(f"batch {number}", *(f"{seconds[name][-1]:.2f} s" for name in SIDES), file=sys.stderr)
     memory = {name: side.ask("peak_memory") for name, side in sides.items()}
 
-    texts = load_dataset(options.dataset).test.texts[: options.texts]
     labelling: dict[str, list[float]] = {name: [] for name in SIDES}
     for number in range(1 + options.rounds):
         for name, side in sides.items():
@@ -422,4 +424,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status("compare_peft.py", main))

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 from data import load_dataset
+from errors import exit_status
 from machine import peak_memory_mb
 from model import DistilBertConfig, DistilBertForSequenceClassification, load_pretrained, save_pretrained
 
@@ -140,4 +141,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status("scaling.py", main))
