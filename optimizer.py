@@ -14,7 +14,7 @@ from errors import UserError
 
 
 class AdamW:
-    """Each group is {"params": [...], "lr": ...}; the learning rate may be changed between steps."""
+    """Each group is {"params": [...], "lr": ...}; "lr" is read at each step, so that a schedule can set it."""
 
     def __init__(self, groups: list[dict[str, Any]], weight_decay: float):
         self.param_groups, self.weight_decay = groups, weight_decay

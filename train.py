@@ -62,7 +62,7 @@ def run(options: Options, saved: Checkpoint | None = None) -> dict[str, Any]:
     inputs = load_inputs(options, saved)
     model: nn.Module = inputs.base
 
-    # LoRA: everything is frozen but the adapters and the head. (Or but the head; or nothing is: --method.)
+    # LoRA: everything is frozen but the adapters and the head. (--method head: all but the head; full: nothing.)
     if options.method != "full":
         model = get_peft_model(model, dataclasses.replace(config, base_model_name_or_path=inputs.model))
     print_trainable_parameters(model)
@@ -159,9 +159,9 @@ def train(
             for batch in training_batches(texts.lengths, options.batch_size, options.seed, epoch)
         )
         for step, (epoch, batch) in enumerate(itertools.islice(batches, first, None), first + 1):
-            share = schedule(step, steps, options.warmup)
+            of_highest = schedule(step, steps, options.warmup)
             for group in optimizer.param_groups:
-                group["lr"] = share * group["highest_lr"]
+                group["lr"] = of_highest * group["highest_lr"]
 
             torch.manual_seed(random_seed(options.seed, step, processes.rank))  # of dropout
             loss = torch.zeros((), device=device)
@@ -189,7 +189,7 @@ def train(
                     "step": step,
                     "epoch": epoch,
                     "loss": mean,
-                    "learning_rate": share * options.learning_rate,
+                    "learning_rate": of_highest * options.learning_rate,
                     "gradient_norm": norm.item(),
                     "examples_per_second": done / seconds,
                 }

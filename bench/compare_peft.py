@@ -43,7 +43,7 @@ class Side:
 
     parts = False  # whether a batch goes through the model in parts of at most TOKENS tokens, padding included
     lengths: Any  # of the training texts, in tokens
-    labels: Callable | None = None
+    labelling: Callable[[list[str]], Any] | None = None  # made by `labeller` when first wanted
 
     def __init__(self, folder: Path, dataset: str, max_length: int):
         import torch
@@ -86,8 +86,8 @@ class Side:
 
     def label(self, texts: list[str]) -> None:
         """Merges first, when it is called for the first time."""
-        self.labels = self.labels or self.labeller()
-        self.labels(texts)
+        self.labelling = self.labelling or self.labeller()
+        self.labelling(texts)
 
     def about(self) -> tuple[Any, Any, Any]:
         """The lengths of the training texts, the network's configuration, the type of the frozen weights."""

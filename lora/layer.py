@@ -5,9 +5,9 @@ The pretrained weight W0 (d_out, d_in) is frozen. What training adds to it, dW, 
 
     y = W0 x + b + dW x,    dW = (alpha / r) B A,    A: (r, d_in),  B: (d_out, r),  r << d_in, d_out
 
-A starts at random and B at zero, so dW starts at zero and the model starts as the pretrained one. To divide by r keeps the size
-of the update when r changes; alpha is a constant beside it (alpha / r = 16 / 2 = 8 in this experiment). Of the 768 x 768 =
-589,824 weights of one projection in DistilBERT, r = 2 trains 2 x 768 + 768 x 2 = 3,072.
+A starts at random and B at zero, so dW starts at zero and the model starts as the pretrained one. To divide by r is meant to
+spare a new search for the learning rate when r changes; alpha is a constant beside it (alpha / r = 16 / 2 = 8 in this
+experiment). Beside the 768 x 768 = 589,824 frozen weights of one projection in DistilBERT, r = 2 trains 2 x 768 + 768 x 2 = 3,072.
 """
 
 import math
@@ -62,7 +62,7 @@ class LoRALinear(nn.Linear):
         y = F.linear(x, self.weight, self.bias)  # W0 x + b
         if self.merged or not self.enabled:
             return y
-        # over 16-bit weights x has 16 bits, and to cast two thin matrices costs less than to cast x up, as peft does
+        # A and B in the type of x: to cast two thin matrices costs less than to cast x to float32, which is what peft does
         A, B = self.lora_A.weight.to(x.dtype), self.lora_B.weight.to(x.dtype)
         return y + F.linear(F.linear(self.lora_dropout(x), A), B) * self.scaling  # + (alpha / r) B A x
 

@@ -1,4 +1,4 @@
-"""LoRA's variants, each in a few lines beside the idea. rsLoRA is one expression in lora/layer.py, LoRA+ is in train.py."""
+"""LoRA's variants, each in a few lines beside the idea. rsLoRA is one expression in lora/layer.py, LoRA+ is in optimizer.py."""
 
 import math
 from typing import Any

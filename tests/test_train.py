@@ -236,9 +236,10 @@ def test_the_same_seed_gives_the_same_numbers_digit_for_digit_and_another_seed_d
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("options", [["--bias", "all"], ["--bias", "lora_only"], ["--target-modules", "all-linear"]])
-def test_every_kind_of_training_runs_in_either_type(tmp_path, options, dtype):
+def test_every_kind_of_training_reaches_what_it_trains_in_either_type(tmp_path, capsys, options, dtype):
     few = ["--train-limit", "16", "--test-limit", "8", "--max-length", "16"]
     assert main([*SHORT, *few, *options, "--dtype", dtype, "--output-dir", str(tmp_path / "run")]) == 0
+    assert "gradients reach exactly the " in capsys.readouterr().out
 
 
 def test_a_run_that_would_take_over_a_quarter_of_an_hour_says_so_with_the_remedy():
