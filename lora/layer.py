@@ -7,7 +7,7 @@ The pretrained weight W0 (d_out, d_in) is frozen. What training adds to it, dW, 
 
 A starts at random and B at zero, so dW starts at zero and the model starts as the pretrained one. To divide by r is meant to
 spare a new search for the learning rate when r changes; alpha is a constant beside it (alpha / r = 16 / 2 = 8 in this
-experiment). Beside the 768 x 768 = 589,824 frozen weights of one projection in DistilBERT, r = 2 trains 2 x 768 + 768 x 2 = 3,072.
+experiment). Beside the 768 x 768 = 589,824 frozen weights of one projection, r = 2 trains 2 x 768 + 768 x 2 = 3,072.
 """
 
 import math
