@@ -64,7 +64,8 @@ def run(options: Options, saved: Checkpoint | None = None) -> dict[str, Any]:
 
     # LoRA: everything is frozen but the adapters and the head. (--method head: all but the head; full: nothing.)
     if options.method != "full":
-        model = get_peft_model(model, dataclasses.replace(config, base_model_name_or_path=inputs.model))
+        config = dataclasses.replace(config, base_model_name_or_path=inputs.model, revision=inputs.revision)
+        model = get_peft_model(model, config)
     print_trainable_parameters(model)
     alike = fingerprint(options, dtype, f"{inputs.sha256['weights']} {inputs.base.config}", inputs.sha256["data"])
     if saved:

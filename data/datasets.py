@@ -73,7 +73,8 @@ def load_dataset(name_or_path: str) -> Dataset:
         label = _short(repr(train_rows[0].label))
         raise UserError(f"{train}: every row has the label {label}; there must be two classes at least")
     numbers = {label: i for i, label in enumerate(names)}
-    return Dataset(_split(train, train_rows, numbers), _split(test, test_rows, numbers), list(names.values()))
+    called = {row.label: row.label_text for row in train_rows if row.label_text}
+    return Dataset(_split(train, train_rows, numbers, called), _split(test, test_rows, numbers, called), list(names.values()))
 
 
 def _find(folder: Path) -> tuple[Path, Path]:
@@ -237,11 +238,16 @@ def _label_names(path: Path, rows: list[Row]) -> dict[int | str, str]:
     return {label: names[label] for label in numbers}
 
 
-def _split(path: Path, rows: list[Row], numbers: dict[int | str, int]) -> Split:
+def _split(path: Path, rows: list[Row], numbers: dict[int | str, int], called: dict[int | str, str]) -> Split:
     labels = np.empty(len(rows), dtype=np.int64)
     for i, row in enumerate(rows):
         if row.label not in numbers:
             label, known = _short(repr(row.label)), ", ".join(_short(repr(label)) for label in list(numbers)[:10])
             raise UserError(f"{path}, line {row.line}: label {label} is none of the training part's: {known}")
+        if row.label_text and (name := called.get(row.label, row.label_text)) != row.label_text:
+            label, text, known = (_short(repr(value)) for value in (row.label, row.label_text, name))
+            raise UserError(
+                f"{path}, line {row.line}: label {label} is called {text}, and {known} in the training part; keep one"
+            )
         labels[i] = numbers[row.label]
     return Split([row.text for row in rows], labels)

@@ -25,7 +25,7 @@ def read_texts(path: Path | None) -> Iterator[str]:
         return
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            yield from _read(file, str(path), path.suffix)
+            yield from _read(file, str(path), path.suffix.lower())
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
 
@@ -34,7 +34,9 @@ def _read(file: TextIO, name: str, suffix: str) -> Iterator[str]:
     line = 0
     try:
         if suffix == ".csv":
-            for row in (reader := csv.DictReader(file, strict=True)):
+            reader = csv.DictReader(file, strict=True)
+            reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or []]
+            for row in reader:
                 line = reader.line_num
                 text = row.get("text")
                 if text is None:
@@ -43,7 +45,10 @@ def _read(file: TextIO, name: str, suffix: str) -> Iterator[str]:
                     raise UserError(f"{name}, line {line}: more fields than the first line names: quote the texts")
                 yield text
         for line, content in enumerate(file, 1):  # noqa: B007 - for the errors below
-            yield _text_of(content) if suffix == ".jsonl" else content.rstrip("\r\n")
+            if suffix != ".jsonl":
+                yield content.rstrip("\r\n")
+            elif content.strip():
+                yield _text_of(content)
     except UserError:
         raise
     except UnicodeDecodeError as error:

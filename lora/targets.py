@@ -36,7 +36,8 @@ def find_targets(model: nn.Module, config: LoraConfig, head: list[str]) -> list[
     if config.layers_to_transform not in (None, []):
         chosen = config.layers_to_transform
         numbers = [chosen] if isinstance(chosen, int) else chosen
-        found = [name for name in found if name in wanted or _layer_number(name) in numbers]  # a whole name means itself
+        whole = [] if isinstance(wanted, str) else wanted  # a whole name means itself
+        found = [name for name in found if name in whole or _layer_number(name) in numbers]
         if not found:
             raise UserError(f"layers_to_transform is {chosen!r}, and none of those layers has a target")
     if not found:

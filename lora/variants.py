@@ -35,14 +35,14 @@ class DoRALinear(LoRALinear):
         y = F.linear(x, self.weight, self.bias)
         if self.merged or not self.enabled:
             return y
-        g = (self.lora_magnitude_vector / self.row_norms()).to(x.dtype)
+        g = self.lora_magnitude_vector / self.row_norms()  # near 1, where 16 bits would lose what m learns
         if self.training and self.lora_dropout.p > 0:
             x = self.lora_dropout(x)
             W0x = F.linear(x, self.weight)
         else:
             W0x = y if self.bias is None else y - self.bias
         A, B = self.lora_A.weight.to(x.dtype), self.lora_B.weight.to(x.dtype)
-        return y + ((g - 1) * W0x + g * F.linear(F.linear(x, A), B) * self.scaling)
+        return y + ((g - 1).to(x.dtype) * W0x + g.to(x.dtype) * F.linear(F.linear(x, A), B) * self.scaling)
 
     def merged_weight(self) -> Tensor:
         return (self.lora_magnitude_vector / self.row_norms())[:, None] * super().merged_weight()

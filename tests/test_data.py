@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from data import TokenizedTexts, evaluation_batches, load_dataset, micro_batches, pad, tokenize, training_batches
 from data.batching import POOL, SLICE
 from data.datasets import SAMPLE
+from errors import UserError
 
 SHARED = Path(__file__).parents[2] / "shared"  # AG News itself, which may not be passed on with the project
 AG_NEWS_CLASSES = ["World", "Sports", "Business", "Sci/Tech"]
@@ -63,6 +64,13 @@ def test_label_text_names_the_labels(tmp_path, label):
     train = jsonl({"text": "x", "label": label, "label_text": "Good"}, {"text": "y", "label": other, "label_text": "Bad"})
     names = read(tmp_path, train).label_names
     assert names == (["Good", "Bad"] if label == 0 else ["Bad", "Good"])
+
+
+def test_a_test_part_that_calls_a_label_otherwise_is_refused(tmp_path):
+    names = [{"text": "x", "label": label, "label_text": name} for label, name in enumerate(["neg", "pos"])]
+    swapped = {"text": "y", "label": 0, "label_text": "pos"}
+    with pytest.raises(UserError, match=r"test.jsonl, line 3: label 0 is called 'pos', and 'neg' in the training part"):
+        read(tmp_path, jsonl(*names), jsonl(*names, swapped))
 
 
 def test_labels_from_1_are_numbered_from_0(tmp_path):

@@ -65,13 +65,27 @@ def test_without_dropout_logits_and_gradients_are_those_of_the_plain_model(dtype
     model = small_model(0.0, dtype, **variant)
     plain, plain_gradients = logits_and_gradients(model, dtype)
     quick, quick_gradients = logits_and_gradients(model, dtype, Fast(model))
-    tolerance = 1e-6 if dtype == torch.float32 else 0.1
+    # in 16 bits with DoRA a ReLU of the head flips here and there; with W0 x + b for W0 x, gradients are 0.7 off
+    tolerance = 1e-6 if dtype == torch.float32 else 0.3 if "use_dora" in variant else 0.05
     assert plain.abs().max() > 0.03
     torch.testing.assert_close(quick, plain, rtol=tolerance, atol=tolerance * plain.abs().max().item())
     assert quick_gradients.keys() == plain_gradients.keys()
     largest = max(gradient.norm() for gradient in plain_gradients.values())
     for name, gradient in plain_gradients.items():  # that of a bias of k_lin is 0 but for rounding: softmax does not see it
         assert (quick_gradients[name] - gradient).norm() <= tolerance * max(gradient.norm(), 0.01 * largest), name
+
+
+def test_under_autocast_dw_and_what_dora_learns_are_not_rounded_to_16_bits():
+    layer = DoRALinear(torch.randn(8, 16).bfloat16(), None, r=2, lora_alpha=16)
+    torch.nn.init.normal_(layer.lora_B.weight)
+    layer.reset_magnitude()
+    dW, x = layer.delta_weight(), torch.randn(5, 16)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert torch.equal(layer.delta_weight(), dW)
+        before = layer(x)
+        layer.lora_magnitude_vector *= 1.003  # less than one step of bfloat16 at 1
+        learnt = layer(x)
+    assert (learnt.float() / before.float()).mean().item() == pytest.approx(1.003, abs=0.001)
 
 
 @pytest.mark.skipif(not can_pack(), reason="no bfloat16 products here")

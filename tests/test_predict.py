@@ -63,17 +63,17 @@ def test_a_text_on_the_command_line_gives_a_table_sorted_by_score(whole_run, cap
     assert {line.split()[1] for line in lines[1:5]} == set(NAMES)
 
 
-@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv", "stdin"])
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv", ".CSV", "stdin"])
 def test_every_kind_of_input_gives_a_line_a_text_in_its_order_whatever_the_text(
     whole_run, capsys, tmp_path, monkeypatch, suffix
 ):
     texts = ["Shares rose.", "", "   ", "\U0001f600 \u05e9\u05dc\u05d5\u05dd", "x" * 100_000, 'a "quote", a comma', "Goal!"] * 3
     path = tmp_path / f"texts{suffix}"
     if suffix == ".jsonl":
-        path.write_text("".join(json.dumps({"text": text, "more": 1}) + "\n" for text in texts), encoding="utf-8")
-    elif suffix == ".csv":
+        path.write_text("".join(json.dumps({"text": text, "more": 1}) + "\n\n" for text in texts), encoding="utf-8")
+    elif suffix.lower() == ".csv":
         quoted = (text.replace('"', '""') for text in texts)
-        path.write_text("id,text\n" + "".join(f'{i},"{text}"\n' for i, text in enumerate(quoted)), encoding="utf-8")
+        path.write_text("id, Text\n" + "".join(f'{i},"{text}"\n' for i, text in enumerate(quoted)), encoding="utf-8")
     else:
         path.write_text("".join(text + "\n" for text in texts), encoding="utf-8")
     monkeypatch.setattr(predict, "CHUNK", 4)
@@ -141,7 +141,7 @@ def test_what_the_user_can_mend_is_one_line_and_status_2(whole_run, capsys, tmp_
         ("bad.jsonl", b'{"text": "a"}\n{"text": 7}\n', "line 2: want an object"),
         ("digits.jsonl", b'{"text": "a", "n": ' + b"9" * 5000 + b"}\n", "line 1: want an object"),
         ("bad.jsonl", b'{"text": "a"}\n[]\n', "line 2"),
-        ("bad.jsonl", b"\n", "line 1"),
+        ("bad.jsonl", b"\n{\n", "line 2"),
         ("bad.jsonl", b'{"text": "\\ud800"}\n', "line 1"),
         ("bad.csv", b"title,body\na,b\n", "line 2: want a field `text`"),
         ("bad.csv", b'text\n"never closed\n', "want CSV"),
