@@ -178,6 +178,12 @@ def test_targets_and_layers_are_found_as_peft_finds_them(wanted, layers_to_trans
             find_targets(model, LoraConfig(task_type=None, **options), [])
 
 
+def test_layers_to_transform_holds_for_names_that_a_regular_expression_spells_out():
+    both = "model.layers.0.q|model.layers.1.q"
+    config = LoraConfig(target_modules=both, layers_to_transform=[0], task_type=None)
+    assert find_targets(stack(), config, []) == ["model.layers.0.q"]
+
+
 def test_the_number_of_a_layer_is_the_first_in_its_name_and_not_that_of_an_expert():
     config = LoraConfig(target_modules=["up"], layers_to_transform=[1], task_type=None)
     assert find_targets(stack(), config, []) == [f"model.layers.1.experts.{expert}.up" for expert in range(3)]

@@ -316,6 +316,7 @@ def test_a_run_keeps_to_one_commit_even_if_main_moves_while_it_trains_and_says_w
     assert process.returncode == 0, process.stderr
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert results["commit"] == commit != hub.branches[TINY]["main"]
+    assert json.loads((tmp_path / "out/adapter/adapter_config.json").read_text())["revision"] == commit
     assert results["sha256"]["weights"] == hashlib.sha256(files["model.safetensors"].read_bytes()).hexdigest()
 
 
