@@ -132,9 +132,8 @@ def save_trained(run: Path, results: dict[str, Any], forward: Forward, inputs: I
             model.save_pretrained(new)
             (new / "tokenizer.json").write_text(inputs.tokenizer.to_str(pretty=True), encoding="utf-8")
             (new / "label_names.json").write_text(json.dumps(inputs.label_names) + "\n", encoding="utf-8")
-            again: nn.Module = PeftModel.from_pretrained(
-                inputs.load_base(), new, is_trainable=True
-            )  # so that A, B stay float32
+            # trainable, so that A and B stay float32, as those of `model` are
+            again: nn.Module = PeftModel.from_pretrained(inputs.load_base(), new, is_trainable=True)
         else:
             save_pretrained(model, inputs.tokenizer, new, inputs.label_names)
             again = load_pretrained(str(new), len(inputs.label_names))[0]
