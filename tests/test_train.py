@@ -203,8 +203,8 @@ def test_the_merged_model_gives_the_same_labels_and_scores_in_a_pipeline_of_tran
 def test_an_adapter_that_does_not_give_the_same_logits_when_loaded_is_not_kept(tmp_path, monkeypatch):
     load = PeftModel.from_pretrained
 
-    def load_badly(base, folder):
-        model = load(base, folder)
+    def load_badly(base, folder, **how):
+        model = load(base, folder, **how)
         model.distilbert.transformer.layer[0].attention.q_lin.lora_B.weight.data += 1
         return model
 
