@@ -67,7 +67,7 @@ class LoRALinear(nn.Linear):
         return y + F.linear(F.linear(self.lora_dropout(x), A), B) * self.scaling  # + (alpha / r) B A x
 
     def delta_weight(self) -> Tensor:
-        """dW = (alpha / r) B A, (d_out, d_in) in float32, under autocast, too."""
+        """dW = (alpha / r) B A, (d_out, d_in) in the type of A and B, under autocast, too."""
         with torch.autocast("cpu" if self.weight.is_meta else self.weight.device.type, enabled=False):
             return self.lora_B.weight @ self.lora_A.weight * self.scaling
 
