@@ -33,8 +33,8 @@ ADDED = {
     "python bench/": " --tiny --output {new}",
     "torchrun": f" {SHORT} {{new}} --dataset sample",
 }
-# run elsewhere: the installation below, slowly; `python train.py` by conftest.py; break_it.py, which wants git's list of files, by
-# test_break_it.py; this very suite; an upload wants an account
+# run elsewhere: the installation below, slowly; `python train.py` by conftest.py; break_it.py, which wants git's list of files,
+# by test_break_it.py; this very suite; an upload wants an account
 ELSEWHERE = re.compile("pip install .*|git clone .*|python train.py|python tests/break_it.py|pytest|hf upload .*")
 SLOW = ("python bench/", "torchrun", "python compare.py", "python train.py --model")
 
