@@ -7,17 +7,15 @@ Each method is a run of train.py in a process of its own, so that its peak memor
 its own unless one is typed. The folders of the three runs stay, in runs/ and a name of its own, or in --output-dir.
 """
 
-import installed  # noqa: F401, I001 - before what may be missing
-
 import subprocess
 import sys
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from errors import UserError, exit_status
-from files import read_json, refuse_to_overwrite
-from options import LEARNING_RATES, OF_LORA, Options, flag, parse
+from common.errors import UserError, run_cli
+from common.files import read_json, refuse_to_overwrite
+from training.options import LEARNING_RATES, OF_LORA, Options, flag, parse
 
 OWN = ("method", "resume", "merged_output")  # of train.py's options, those that have no meaning here
 COLUMNS = ("method", "trained parameters", "of all", "optimizer, MB", "saved, MB", "peak memory, MB", "seconds", "macro-F1")
@@ -74,7 +72,7 @@ def table(rows: list[list[str]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return exit_status("compare.py", lambda: run(arguments))
+    return run_cli("compare.py", lambda: run(arguments))
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@ python report.py runs/2026-11-24-103855 --output somewhere.html
 It labels the run's test part again, to show the texts that are labelled wrong; it needs `pip install -e '.[report]'`.
 """
 
-import installed  # noqa: F401, I001 - before what may be missing
-
 import argparse
 import json
 import sys
@@ -17,18 +15,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from common.errors import UserError, run_cli
+from common.files import write_file
 from data import load_dataset, tokenize
-from errors import UserError, exit_status
-from evaluate import progress
-from files import write_file
-from inputs import data_sha256
 from lora import LoRALinear, PeftModel
 from model import load_pretrained
-from options import Parser
-from predict import label, load_classifier
-from reports.geometry import Geometry, geometry, subspace_similarity
-from reports.results import read_run
-from reports.page import bars, confusion, document, figure, left_out, section, shown, table, texts, tiles
+from reporting.geometry import Geometry, geometry, subspace_similarity
+from reporting.page import bars, confusion, document, figure, left_out, section, shown, table, texts, tiles
+from reporting.results import read_run
+from training.evaluation import progress_bar
+from training.inference import label, load_classifier
+from training.loading import data_sha256
+from training.options import Parser
 
 WRONG = 20  # texts that are shown
 DIRECTIONS = 8  # that are compared of each adapter
@@ -71,7 +69,7 @@ def wrong_texts(folder: Path, results: dict[str, Any]) -> list[dict[str, Any]]:
     if data_sha256(train_texts, train.labels, test_texts, test.labels) != results["sha256"]["data"]:
         raise UserError(f"the data set {results['dataset']} is not what it was when the run had it")
     wrong = []
-    with progress(len(test), "label", leave=False) as bar:
+    with progress_bar(len(test), "label", leave=False) as bar:
         for answer, truth in zip(label(forward, tokenizer, names, test.texts, options["max_length"]), test.labels, strict=True):
             if answer["label"] != names[truth]:
                 wrong.append(answer | {"truth": names[truth]})
@@ -279,7 +277,7 @@ def run(arguments: list[str] | None) -> None:
     parser.add_argument("--output", type=Path, help="the page [report.html in the run's folder]")
     options = parser.parse_args(arguments)
     try:
-        from reports import pictures
+        from reporting import pictures
     except ModuleNotFoundError as error:
         raise UserError("the report's pictures want matplotlib: pip install -e '.[report]'") from error
     content = report(options.folder, options.against, pictures)
@@ -289,7 +287,7 @@ def run(arguments: list[str] | None) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return exit_status("report.py", lambda: run(arguments))
+    return run_cli("report.py", lambda: run(arguments))
 
 
 if __name__ == "__main__":

@@ -12,8 +12,6 @@ torchrun --nnodes 2 --node-rank 0 --nproc-per-node 4 --master-addr HOST --master
                                                          on two machines; on the second, with --node-rank 1
 """
 
-import installed  # noqa: F401, I001 - before what may be missing
-
 import dataclasses
 import io
 import itertools
@@ -30,31 +28,31 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from checkpoint import Checkpoint, Checkpoints, Signals, fingerprint, read_newest
+from common.errors import UserError, run_cli
+from common.files import make_folder
 from data import TokenizedTexts, micro_batches, training_batches
-from errors import UserError, exit_status
-from evaluate import Forward, evaluate, f1_per_class, macro_f1, progress
-from files import make_folder
-from identities import frozen_sha256, identities
-from inputs import load_inputs
 from lora import get_peft_model, print_trainable_parameters
-from machine import cast_frozen_matrices, choose_device, choose_dtype
-from optimizer import AdamW, parameter_groups, schedule
-from options import Options, parse
-from outputs import Metrics, check_outputs, save_run, summary
-from processes import Processes
+from training.artifacts import Metrics, check_outputs, save_run, summary
+from training.checkpoint import Checkpoint, Checkpoints, Signals, fingerprint, read_newest
+from training.device import cast_frozen_matrices, choose_device, choose_dtype
+from training.distributed import Distributed
+from training.evaluation import ModelRunner, evaluate, f1_per_class, macro_f1, progress_bar
+from training.loading import load_inputs
+from training.optimizer import AdamW, parameter_groups, schedule
+from training.options import Options, parse
+from training.sanity_checks import frozen_sha256, identities
 
 LOG_EVERY = 10  # steps
 
 
 def run(options: Options, saved: Checkpoint | None = None) -> dict[str, Any]:
     """The experiment, from its beginning or from a checkpoint. Returns what it writes into results.json."""
-    processes = Processes()
+    processes = Distributed()
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
     config = options.lora_config()
     folder = saved.run if saved else Path(options.output_dir or f"runs/{datetime.now():%Y-%m-%d-%H%M%S}")
-    if processes.first:
+    if processes.is_main:
         check_outputs(folder, options, new=saved is None)
     processes.join(device)
 
@@ -69,10 +67,10 @@ def run(options: Options, saved: Checkpoint | None = None) -> dict[str, Any]:
     print_trainable_parameters(model)
     alike = fingerprint(options, dtype, f"{inputs.sha256['weights']} {inputs.base.config}", inputs.sha256["data"])
     if saved:
-        saved.refuse_changes(processes.world, alike)
-    processes.agree(alike | {"the checkpoint": saved and saved.step})
+        saved.refuse_changes(processes.world_size, alike)
+    processes.require_same(alike | {"the checkpoint": saved and saved.step})
     cast_frozen_matrices(model.to(device), dtype)
-    forward = Forward(model, device, dtype)
+    forward = ModelRunner(model, device, dtype)
     frozen = None if options.quiet else frozen_sha256(model)
     if not options.quiet:
         print("\n".join(identities(forward, inputs.train_texts, inputs.train_labels)))
@@ -84,13 +82,13 @@ def run(options: Options, saved: Checkpoint | None = None) -> dict[str, Any]:
         return evaluate(forward, inputs.test_texts, inputs.test_labels, len(inputs.label_names), processes, what)
 
     with Signals(folder) as signals:
-        if processes.first:
+        if processes.is_main:
             make_folder(folder)
         before = np.array(saved.before) if saved else score("before")
         print(f"macro-F1 before training: {macro_f1(before):.4f}")
-        about = {"options": dataclasses.asdict(options), "processes": processes.world, "fingerprint": alike}
+        about = {"options": dataclasses.asdict(options), "processes": processes.world_size, "fingerprint": alike}
         about |= {**inputs.found(), "before": before.tolist()}
-        checkpoints = Checkpoints(folder, options.checkpoint_every, about, write=processes.first)
+        checkpoints = Checkpoints(folder, options.checkpoint_every, about, write=processes.is_main)
         measured = train(forward, inputs.train_texts, inputs.train_labels, options, processes, signals, checkpoints, saved)
         after = score("after")
         print(f"macro-F1 after training:  {macro_f1(after):.4f}")
@@ -100,17 +98,17 @@ def run(options: Options, saved: Checkpoint | None = None) -> dict[str, Any]:
             print(f"frozen weights after training:  {'the same' if frozen_sha256(model) == frozen else 'NOT THE SAME'}")
         processes.leave()
         results = summary(options, inputs, forward, processes, before, after, measured)
-        if processes.first:
+        if processes.is_main:
             save_run(folder, results, forward, inputs, options)
     return results
 
 
 def train(
-    forward: Forward,
+    forward: ModelRunner,
     texts: TokenizedTexts,
     labels: np.ndarray,
     options: Options,
-    processes: Processes,
+    processes: Distributed,
     signals: Signals,
     checkpoints: Checkpoints,
     saved: Checkpoint | None,
@@ -128,7 +126,7 @@ def train(
         saved.restore(model, optimizer)
         print(f"going on after step {first} of {steps}")
     checkpoints.clean(first)
-    metrics = Metrics(checkpoints.run, first, options.tensorboard and processes.first)
+    metrics = Metrics(checkpoints.run, first, options.tensorboard and processes.is_main)
     model.train()
     start = time.perf_counter() - seconds_before
     recent: list[tuple[int, np.ndarray, torch.Tensor]] = []  # steps of which nobody has looked at loss and gradient norm yet
@@ -152,7 +150,7 @@ def train(
 
     if not saved:
         save(0)
-    with signals.after_step(), progress(examples, "train", quiet=not processes.first) as bar:
+    with signals.after_step(), progress_bar(examples, "train", quiet=not processes.is_main) as bar:
         bar.update(examples_until(first))
         batches = (
             (epoch, batch)
@@ -162,16 +160,16 @@ def train(
         for step, (epoch, batch) in enumerate(itertools.islice(batches, first, None), first + 1):
             of_highest = schedule(step, steps, options.warmup)
             for group in optimizer.param_groups:
-                group["lr"] = of_highest * group["highest_lr"]
+                group["lr"] = of_highest * group["initial_lr"]
 
             torch.manual_seed(random_seed(options.seed, step, processes.rank))  # of dropout
             loss = torch.zeros((), device=device)
-            for part in micro_batches(texts.lengths, processes.share(batch), forward.tokens):
+            for part in micro_batches(texts.lengths, processes.shard(batch), forward.tokens):
                 logits, target = forward(texts, part), forward.move(torch.from_numpy(labels[part]))
                 part_of_loss = F.cross_entropy(logits, target, reduction="sum") / len(batch)
                 part_of_loss.backward()
                 loss += part_of_loss.detach()
-            stopping = processes.sum_gradients(optimizer.parameters, loss, signals.received)
+            stopping = processes.all_reduce_gradients(optimizer.parameters, loss, signals.received)
             norm = nn.utils.clip_grad_norm_(optimizer.parameters, max_norm=1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -194,7 +192,7 @@ def train(
                     "gradient_norm": norm.item(),
                     "examples_per_second": done / seconds,
                 }
-                if processes.first:
+                if processes.is_main:
                     metrics.write(line)
                 if step == LOG_EVERY:
                     warn_of_a_long_run(bar, seconds / done, examples)
@@ -245,7 +243,7 @@ def start(typed: dict[str, Any]) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # rather than fail at a class name that the console cannot show
-    return exit_status("train.py", lambda: start(parse(arguments, __doc__)), needs_output=False)
+    return run_cli("train.py", lambda: start(parse(arguments, __doc__)), needs_output=False)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from errors import exit_status
+from common.errors import run_cli
 
 OURS, TUTORIAL = "plain-lora", "peft, tutorial"
 LORA: dict[str, Any] = {
@@ -49,7 +49,7 @@ class Side:
         import torch
 
         from data import load_dataset
-        from machine import choose_dtype
+        from training.device import choose_dtype
 
         self.max_length, self.dtype = max_length, choose_dtype("auto", torch.device("cpu"))
         data = load_dataset(dataset)
@@ -97,7 +97,7 @@ class Side:
         """MB, since the process began."""
         import torch
 
-        from machine import peak_memory_mb
+        from training.device import peak_memory_mb
 
         return peak_memory_mb(torch.device("cpu")) or math.nan
 
@@ -111,21 +111,21 @@ class PlainLora(Side):
         import torch
 
         from data import tokenize
-        from evaluate import Forward
         from lora import LoraConfig, get_peft_model
-        from machine import cast_frozen_matrices
         from model import load_pretrained
+        from training.device import cast_frozen_matrices
+        from training.evaluation import ModelRunner
 
         base, self.tokenizer = load_pretrained(str(folder), self.num_labels)
         self.texts = tokenize(self.tokenizer, self.train.texts, self.max_length)
         self.lengths = self.texts.lengths
         model = get_peft_model(base, LoraConfig(**LORA))
         cast_frozen_matrices(model, self.dtype)
-        self.forward = Forward(model, torch.device("cpu"), self.dtype)
+        self.forward = ModelRunner(model, torch.device("cpu"), self.dtype)
         return model
 
     def make_optimizer(self) -> Any:
-        from optimizer import AdamW
+        from training.optimizer import AdamW
 
         return AdamW([{"params": self.parameters, "lr": 1e-4}], weight_decay=0.01)
 
@@ -135,11 +135,11 @@ class PlainLora(Side):
     def labeller(self) -> Callable[[list[str]], Any]:
         import torch
 
-        from evaluate import Forward
         from predict import label
+        from training.evaluation import ModelRunner
 
         names = [str(i) for i in range(self.num_labels)]
-        forward = Forward(self.model.merge_and_unload(), torch.device("cpu"), self.dtype)
+        forward = ModelRunner(self.model.merge_and_unload(), torch.device("cpu"), self.dtype)
         return lambda texts: [
             list(answer["scores"].values()) for answer in label(forward, self.tokenizer, names, texts, self.max_length)
         ]
@@ -239,7 +239,7 @@ SIDES: dict[str, type[Side]] = {
 
 def split(lengths: Any, batch: Any) -> list[Any]:
     from data import micro_batches
-    from evaluate import TOKENS  # which imports fast.py, and with it the bound on oneDNN's caches
+    from training.evaluation import TOKENS  # which imports fast.py, and with it the bound on oneDNN's caches
 
     return micro_batches(lengths, batch, TOKENS)
 
@@ -424,4 +424,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status("compare_peft.py", main))
+    sys.exit(run_cli("compare_peft.py", main))

@@ -22,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
+from common.errors import run_cli
 from data import load_dataset
-from errors import exit_status
-from machine import peak_memory_mb
 from model import DistilBertConfig, DistilBertForSequenceClassification, load_pretrained, save_pretrained
+from training.device import peak_memory_mb
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = [1_000, 4_000, 16_000, 60_000, 120_000]
@@ -141,4 +141,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status("scaling.py", main))
+    sys.exit(run_cli("scaling.py", main))

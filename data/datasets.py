@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from errors import UserError
-from files import hub_file
+from common.errors import UserError
+from common.hub import hub_file
 
 AG_NEWS = "SetFit/ag_news"  # the hub's copy of AG News as train.jsonl and test.jsonl
 SAMPLE = Path(__file__).parent / "sample"  # a small corpus in AG News' classes, written for this project

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+from common.errors import UserError
 from data.datasets import LONGEST_TEXT
-from errors import UserError
 
 
 def read_texts(path: Path | None) -> Iterator[str]:

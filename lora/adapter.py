@@ -10,10 +10,10 @@ from pathlib import Path
 import safetensors.torch
 from torch import Tensor, nn
 
-from errors import UserError
-from files import make_folder, read_safetensors, write_file
 from lora.config import CONFIG_FILE, LoraConfig
-from lora.inject import ModuleToSave
+from lora.errors import UserError
+from lora.files import make_folder, read_safetensors, write_file
+from lora.inject import ModulesToSaveWrapper
 from lora.layer import LoRALinear
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -28,7 +28,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
         name = name.replace("_orig_mod.", "")  # torch.compile's wrapper is no part of the model
         if isinstance(module, LoRALinear):
             parameters = {key: value for key, value in module.named_parameters() if key.startswith("lora_")}
-        elif isinstance(module, ModuleToSave):
+        elif isinstance(module, ModulesToSaveWrapper):
             parameters = module.trained_module.state_dict(keep_vars=True)
         else:
             parameters = {}
@@ -95,7 +95,7 @@ def match_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str | Pa
 
 def _counts_classes(model: nn.Module, key: str) -> bool:
     """Whether the first dimension of this tensor is the number of classes: it belongs to the last module of the head."""
-    heads = [name for name, module in model.named_modules() if isinstance(module, ModuleToSave)]
+    heads = [name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
     return bool(heads) and key.startswith(f"{PREFIX}{heads[-1]}.")
 
 

@@ -8,8 +8,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from errors import UserError
-from files import make_folder, read_json, write_file
+from lora.errors import UserError
+from lora.files import make_folder, read_json, write_file
 
 HIGHEST_RANK = 1 << 20
 LARGEST_ALPHA = 1e30

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from errors import UserError
 from lora.config import LoraConfig
+from lora.errors import UserError
 from lora.layer import LoRALinear
 from lora.targets import find_head, find_targets, is_within, pattern_value, short_names
 from lora.variants import DoRALinear, initialise
 
 
-class ModuleToSave(nn.Module):
+class ModulesToSaveWrapper(nn.Module):
     """A module trained in full, the head as a rule: a float32 copy that is trained beside the frozen original.
 
     The original is what the switched-off adapter gives back, and what counts the head twice among "all" parameters. Within
@@ -56,7 +56,7 @@ def inject(model: nn.Module, config: LoraConfig) -> None:
     Raises UserError, with `model` untouched, if LoRA is in it already, and for names in `config` that it does not have, that
     are no linear layers, or that belong to the head.
     """
-    if any(isinstance(module, LoRALinear | ModuleToSave) for module in model.modules()):
+    if any(isinstance(module, LoRALinear | ModulesToSaveWrapper) for module in model.modules()):
         raise UserError("LoRA is in this model already: unload() it first")
     head = find_head(model, config)
     targets = find_targets(model, config, head)
@@ -79,7 +79,7 @@ def inject(model: nn.Module, config: LoraConfig) -> None:
             if not is_within(name, head):
                 _train_bias(module)
     for name in head:
-        _put(model, name, ModuleToSave(model.get_submodule(name).requires_grad_(False)))
+        _put(model, name, ModulesToSaveWrapper(model.get_submodule(name).requires_grad_(False)))
 
 
 def adapted(model: nn.Module) -> list[str]:
@@ -89,7 +89,7 @@ def adapted(model: nn.Module) -> list[str]:
 
 def saved(model: nn.Module) -> list[str]:
     """What a list of modules to save calls those that are trained in full."""
-    return short_names(model, [name for name, module in model.named_modules() if isinstance(module, ModuleToSave)])
+    return short_names(model, [name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)])
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -106,7 +106,7 @@ def print_trainable_parameters(model: nn.Module) -> None:
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """Within the block, `model` is the base model exactly, head and biases included; after it, what it was before."""
-    layers = [module for module in model.modules() if isinstance(module, LoRALinear | ModuleToSave)]
+    layers = [module for module in model.modules() if isinstance(module, LoRALinear | ModulesToSaveWrapper)]
     enabled = [layer.enabled for layer in layers]
     merged = [layer for layer in layers if isinstance(layer, LoRALinear) and layer.merged]
     biases = [m for m in model.modules() if hasattr(m, "original_bias") and m.trained_bias is None]  # not switched off yet
@@ -169,14 +169,14 @@ def unload(model: nn.Module, merged: bool) -> None:
             linear = nn.Linear(module.in_features, module.out_features, device="meta")
             linear.weight, linear.bias = module.weight, module.bias  # type: ignore[assignment]
             _put(model, name, linear.train(module.training))
-        elif isinstance(module, ModuleToSave):
+        elif isinstance(module, ModulesToSaveWrapper):
             dtype = next((parameter.dtype for parameter in module.original_module.parameters()), None)
             _put(model, name, module.trained_module.to(dtype) if merged else module.original_module)
     model.requires_grad_(False)
 
 
 def _refuse_while_disabled(model: nn.Module) -> None:
-    if any(isinstance(module, LoRALinear | ModuleToSave) and not module.enabled for module in model.modules()):
+    if any(isinstance(module, LoRALinear | ModulesToSaveWrapper) and not module.enabled for module in model.modules()):
         raise UserError("the adapter is switched off here: do this outside the disable_adapter() block")
 
 

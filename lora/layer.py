@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from errors import UserError
+from lora.errors import UserError
 
 
 class LoRALinear(nn.Linear):

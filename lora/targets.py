@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from errors import UserError
 from lora.config import NO_REGEX, NO_TARGETS, LoraConfig, pattern_in_name
+from lora.errors import UserError
 
 
 def find_targets(model: nn.Module, config: LoraConfig, head: list[str]) -> list[str]:

@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
-from errors import UserError
-from files import hub_file, new_folder, read_json, read_safetensors, sha256_of_file
+from common.errors import UserError
+from common.files import new_folder, read_json, read_safetensors, sha256_of_file
+from common.hub import hub_file
 from model.distilbert import DistilBertConfig, DistilBertForSequenceClassification, init_weights
 
 # BERT's name (of a configuration field, or of a part of a weight's key) -> ours; weights' parts are replaced in this order.
@@ -98,7 +99,7 @@ def load_pretrained(
     return classifier.requires_grad_(True).eval(), tokenizer
 
 
-def hub_commit(name_or_path: str, revision: str | None = None) -> str | None:
+def resolve_revision(name_or_path: str, revision: str | None = None) -> str | None:
     """The commit of the hub that a name and a revision stand for now, its files fetched; None for a model on this machine."""
     return _locate(name_or_path, revision)[3]
 

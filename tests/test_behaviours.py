@@ -13,12 +13,12 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from test_parity import base_model, batch, logits, perturb
 from torch import nn
 
-from errors import UserError
+from common.errors import UserError
 from lora import LoraConfig, LoRALinear, PeftModel, TaskType, get_peft_model
 from lora.adapter import adapter_tensors
 from lora.targets import find_targets, pattern_value
 from lora.variants import DoRALinear
-from optimizer import parameter_groups
+from training.optimizer import parameter_groups
 
 Q_V = ["q_lin", "v_lin"]
 
@@ -270,12 +270,12 @@ def test_trained_biases_are_switched_off_too_where_peft_can_only_warn_that_they_
 def test_loraplus_lets_B_learn_faster_and_nothing_else():
     model = adapted()
     groups = parameter_groups(model, 1e-3, 16.0)
-    rates = {id(parameter): group["highest_lr"] for group in groups for parameter in group["params"]}
+    rates = {id(parameter): group["initial_lr"] for group in groups for parameter in group["params"]}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert rates.pop(id(parameter)) == (16e-3 if name.endswith("lora_B.weight") else 1e-3), name
     assert not rates
-    assert {group["highest_lr"] for group in parameter_groups(model, 1e-3, 1.0)} == {1e-3}
+    assert {group["initial_lr"] for group in parameter_groups(model, 1e-3, 1.0)} == {1e-3}
     assert sum(len(group["params"]) for group in parameter_groups(model, 1e-3, 1.0)) == 12
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+from common.errors import UserError
 from data import TokenizedTexts, evaluation_batches, load_dataset, micro_batches, pad, tokenize, training_batches
 from data.batching import POOL, SLICE
 from data.datasets import SAMPLE
-from errors import UserError
 
 SHARED = Path(__file__).parents[2] / "shared"  # AG News itself, which may not be passed on with the project
 AG_NEWS_CLASSES = ["World", "Sports", "Business", "Sci/Tech"]

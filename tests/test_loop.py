@@ -5,16 +5,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from checkpoint import Checkpoints, Signals
 from data import TokenizedTexts, pad, training_batches
-from evaluate import Forward
 from lora import LoraConfig, PeftModel, get_peft_model
 from lora.adapter import adapter_tensors
 from model import DistilBertConfig, DistilBertForSequenceClassification
-from optimizer import parameter_groups, schedule
-from options import Options
-from processes import Processes
 from train import train
+from training.checkpoint import Checkpoints, Signals
+from training.distributed import Distributed
+from training.evaluation import ModelRunner
+from training.optimizer import parameter_groups, schedule
+from training.options import Options
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIONS = Options(batch_size=8, epochs=2, learning_rate=3e-3, weight_decay=0.1, loraplus_lr_ratio=2.0)
@@ -41,7 +41,7 @@ def plain_loop(model: PeftModel) -> None:
         for batch in training_batches(LENGTHS, OPTIONS.batch_size, OPTIONS.seed, epoch):
             step += 1
             for group in optimizer.param_groups:
-                group["lr"] = group["highest_lr"] * schedule(step, STEPS, OPTIONS.warmup)
+                group["lr"] = group["initial_lr"] * schedule(step, STEPS, OPTIONS.warmup)
             optimizer.zero_grad()
             F.cross_entropy(model(*pad(TEXTS, batch)), torch.from_numpy(LABELS[batch])).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
@@ -52,10 +52,10 @@ def plain_loop(model: PeftModel) -> None:
 def test_however_a_batch_is_cut_into_parts_the_steps_are_those_of_a_plain_loop(tokens, tmp_path):
     plain, model = new_model(), new_model()
     plain_loop(plain)
-    forward = Forward(model, torch.device("cpu"), torch.float32)
+    forward = ModelRunner(model, torch.device("cpu"), torch.float32)
     forward.tokens = tokens
     measured = train(
-        forward, TEXTS, LABELS, OPTIONS, Processes(), Signals(tmp_path), Checkpoints(tmp_path, None, {}, write=False), None
+        forward, TEXTS, LABELS, OPTIONS, Distributed(), Signals(tmp_path), Checkpoints(tmp_path, None, {}, write=False), None
     )
     assert measured["steps"] == STEPS
     fresh = adapter_tensors(new_model().base_model)

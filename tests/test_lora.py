@@ -7,9 +7,9 @@ import pytest
 import torch
 import transformers
 
-from errors import UserError
+from common.errors import UserError
 from lora import LoraConfig, LoRALinear, get_peft_model
-from lora.inject import ModuleToSave
+from lora.inject import ModulesToSaveWrapper
 from model import DistilBertConfig, DistilBertForSequenceClassification
 
 Q_V = ["q_lin", "v_lin"]
@@ -129,7 +129,7 @@ def test_merged_it_gives_the_same_logits_and_is_a_plain_model_again(bias):
     before = logits(model)
     merged = model.merge_and_unload()
     torch.testing.assert_close(logits(merged), before, atol=2e-6, rtol=0)
-    assert not any(isinstance(module, LoRALinear | ModuleToSave) for module in merged.modules())
+    assert not any(isinstance(module, LoRALinear | ModulesToSaveWrapper) for module in merged.modules())
     assert set(merged.state_dict()) == set(tiny().state_dict())
 
 

@@ -18,15 +18,16 @@ import compare
 import predict
 import report
 import train
+from common.files import read_json
 from data import tokenize
-from evaluate import Forward
-from files import read_json
-from identities import frozen_sha256, identities
 from lora import LoraConfig, LoRALinear, get_peft_model
 from model import load_pretrained
-from model_card import model_card
-from options import LEARNING_RATES, OF_LORA, Options
-from outputs import EVENTS
+from training.artifacts import EVENTS
+from training.evaluation import ModelRunner
+from training.inference import label, load_classifier
+from training.model_card import model_card
+from training.options import LEARNING_RATES, OF_LORA, Options
+from training.sanity_checks import frozen_sha256, identities
 
 SHORT = ["--dataset", "sample", "--train-limit", "96", "--test-limit", "48", "--epochs", "1"]
 DIM, LAYERS = 32, 2  # of the small model
@@ -52,12 +53,12 @@ def runs(tmp_path_factory, small_model) -> Path:
     return folder
 
 
-def forward_of(config: LoraConfig | None) -> tuple[Forward, tuple]:
+def forward_of(config: LoraConfig | None) -> tuple[ModelRunner, tuple]:
     torch.manual_seed(0)
     base, tokenizer = load_pretrained("minilm", 2)
     model = base if config is None else get_peft_model(base, config)
     texts = tokenize(tokenizer, ["one text", "another, longer text", "a third"], 32)
-    return Forward(model, CPU, torch.float32), (texts, np.array([0, 1, 0]))
+    return ModelRunner(model, CPU, torch.float32), (texts, np.array([0, 1, 0]))
 
 
 QV = LoraConfig(r=2, target_modules=["q_lin", "v_lin"])
@@ -140,10 +141,10 @@ def test_optimizer_state_is_two_numbers_for_a_trained_parameter_and_a_count_for_
 
 @pytest.mark.parametrize("method", LEARNING_RATES)
 def test_predict_labels_with_whatever_was_trained_as_the_run_measured(runs, method):
-    forward, tokenizer, names = predict.load_classifier(runs / method, None, "cpu", 256)
+    forward, tokenizer, names = load_classifier(runs / method, None, "cpu", 256)
     assert names == ["World", "Sports", "Business", "Sci/Tech"]
     rows = [json.loads(line) for line in (Path(train.__file__).parent / "data/sample/test.jsonl").read_text().splitlines()][:48]
-    answers = list(predict.label(forward, tokenizer, names, [row["text"] for row in rows], 256))
+    answers = list(label(forward, tokenizer, names, [row["text"] for row in rows], 256))
     right = sum(answer["label"] == names[row["label"]] for answer, row in zip(answers, rows, strict=True))
     # merged, in bfloat16 where there is, so that a text on the border may go to the other side
     assert right / 48 == pytest.approx(read_json(runs / method / "results.json")["after"]["accuracy"], abs=0.05)
@@ -152,7 +153,7 @@ def test_predict_labels_with_whatever_was_trained_as_the_run_measured(runs, meth
 def test_peft_loads_a_head_that_was_trained_alone(runs, small_model):
     base = transformers.AutoModelForSequenceClassification.from_pretrained(small_model)
     theirs = peft.PeftModel.from_pretrained(base, runs / "head" / "adapter").eval()
-    forward, tokenizer, _ = predict.load_classifier(runs / "head", None, "cpu", 256)
+    forward, tokenizer, _ = load_classifier(runs / "head", None, "cpu", 256)
     ids = torch.tensor([tokenizer.encode("Oil prices rose on Monday").ids])
     ours = forward.model.float()(ids)
     assert torch.allclose(theirs(ids).logits, ours, atol=0.02)
@@ -168,7 +169,7 @@ def test_a_run_of_every_weight_goes_on_bit_for_bit(tmp_path, small_model):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert train.main([*short, "--output-dir", str(whole)]) == 0
     program = (
-        "import os, signal, sys, train, checkpoint\n"
+        "import os, signal, sys, train\nfrom training import checkpoint\n"
         "save = checkpoint.Checkpoints.save\n"
         "def die(self, step, *rest):\n"
         "    save(self, step, *rest)\n"

@@ -16,7 +16,7 @@ import transformers
 
 from lora import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from lora.adapter import adapter_tensors
-from lora.inject import ModuleToSave
+from lora.inject import ModulesToSaveWrapper
 from lora.layer import LoRALinear
 from model import DistilBertConfig, DistilBertForSequenceClassification, load_pretrained, save_pretrained
 
@@ -303,4 +303,4 @@ def test_one_base_serves_many_tasks_and_no_weight_of_it_is_copied_or_loaded_agai
         assert not any(parameter.requires_grad for parameter in model.parameters())
     assert model.distilbert.embeddings.word_embeddings.weight is embeddings
     assert torch.equal(logits(model.unload()), untouched)
-    assert not any(isinstance(module, LoRALinear | ModuleToSave) for module in base.modules())
+    assert not any(isinstance(module, LoRALinear | ModulesToSaveWrapper) for module in base.modules())

@@ -17,8 +17,10 @@ import transformers
 
 import predict
 from data import load_dataset, read_texts
-from evaluate import confusion_matrix
 from model import DistilBertConfig, DistilBertForSequenceClassification, load_pretrained, save_pretrained
+from training import inference
+from training.evaluation import confusion_matrix
+from training.inference import label, load_classifier
 
 ROOT = Path(__file__).parent.parent
 NAMES = ["World", "Sports", "Business", "Sci/Tech"]
@@ -76,7 +78,7 @@ def test_every_kind_of_input_gives_a_line_a_text_in_its_order_whatever_the_text(
         path.write_text("id, Text\n" + "".join(f'{i},"{text}"\n' for i, text in enumerate(quoted)), encoding="utf-8")
     else:
         path.write_text("".join(text + "\n" for text in texts), encoding="utf-8")
-    monkeypatch.setattr(predict, "CHUNK", 4)
+    monkeypatch.setattr(inference, "CHUNK", 4)
     if suffix == "stdin":
         monkeypatch.setattr(sys, "stdin", io.StringIO(path.read_text(encoding="utf-8")))
         answers = labelled(capsys, whole_run[0])
@@ -87,10 +89,10 @@ def test_every_kind_of_input_gives_a_line_a_text_in_its_order_whatever_the_text(
 
 
 def test_no_more_texts_are_taken_than_fit_in_a_chunk_before_the_first_is_answered(whole_run, monkeypatch):
-    monkeypatch.setattr(predict, "CHUNK", 4)
-    forward, tokenizer, names = predict.load_classifier(whole_run[0], None, "cpu", 256)
+    monkeypatch.setattr(inference, "CHUNK", 4)
+    forward, tokenizer, names = load_classifier(whole_run[0], None, "cpu", 256)
     taken = []
-    answers = predict.label(forward, tokenizer, names, (taken.append(i) or f"text {i}" for i in range(100)), 32)
+    answers = label(forward, tokenizer, names, (taken.append(i) or f"text {i}" for i in range(100)), 32)
     assert next(answers)["text"] == "text 0"
     assert taken == [0, 1, 2, 3]
 

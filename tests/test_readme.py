@@ -15,7 +15,7 @@ from model import load_pretrained
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-FOLDERS = ("lora", "model", "data", "reports")
+FOLDERS = ("lora", "model", "data", "training", "reporting", "common")
 RUN = "runs/2026-11-24-152310"  # as the README calls one
 FOUND = re.findall(r"^    ((?:python|pip|torchrun|git|hf) .*)$|`((?:python|pip) [^`]+)`", README, flags=re.MULTILINE)
 COMMANDS = list(dict.fromkeys(re.sub("^pip install .* && ", "", "".join(found)) for found in FOUND))
@@ -35,7 +35,7 @@ ADDED = {
 }
 # run elsewhere: the installation below, slowly; `python train.py` by conftest.py; break_it.py, which wants git's list of files,
 # by test_break_it.py; this very suite; an upload wants an account
-ELSEWHERE = re.compile("pip install .*|git clone .*|python train.py|python tests/break_it.py|pytest|hf upload .*")
+ELSEWHERE = re.compile("pip install .*|git clone .*|python train.py|python tests/robustness/break_it.py|pytest|hf upload .*")
 SLOW = ("python bench/", "torchrun", "python compare.py", "python train.py --model")
 
 
@@ -87,7 +87,7 @@ def test_every_command_runs(command, place, tmp_path):
 
 STOP = """
 import os, signal, sys
-import checkpoint, train
+import train; from training import checkpoint
 save = checkpoint.Checkpoints.save
 def save_and_stop(self, step, *rest):
     save(self, step, *rest)

@@ -16,16 +16,16 @@ import safetensors.torch
 import torch
 from torch import nn
 
-import predict
 import report
-import reports
+import reporting
 import train
 from data import load_dataset
 from lora import LoRALinear
 from lora.variants import DoRALinear
-from reports import page
-from reports.geometry import amplification, effective_rank, geometry, subspace_similarity, thin_svd
-from reports.pictures import picture, place
+from reporting import page
+from reporting.geometry import amplification, effective_rank, geometry, subspace_similarity, thin_svd
+from reporting.pictures import picture, place
+from training.inference import label, load_classifier
 
 SCRIPT = "Breaking <script>alert('news')</script> & <b>markets</b> fell by 3 % on Monday."
 NAMES = ["World", "Sports & <i>games</i>", "Business", "Sci/Tech"]
@@ -190,9 +190,9 @@ def test_the_page_says_what_was_run_and_what_came_of_it(runs, content):
 
 
 def test_the_twenty_surest_of_the_wrong_texts_are_shown_in_order_with_both_labels(runs, content):
-    forward, tokenizer, names = predict.load_classifier(runs[0], None, "cpu", 64)
+    forward, tokenizer, names = load_classifier(runs[0], None, "cpu", 64)
     test = load_dataset(json.loads((runs[0] / "results.json").read_text())["dataset"]).test
-    answers = zip(predict.label(forward, tokenizer, names, test.texts, 64), test.labels, strict=True)
+    answers = zip(label(forward, tokenizer, names, test.texts, 64), test.labels, strict=True)
     wrong = [(answer["score"], answer["label"], names[truth]) for answer, truth in answers if answer["label"] != names[truth]]
     assert len(wrong) == 21
     shown = re.findall(r"is <b>(.*?)</b>, labelled <b>(.*?)</b> with a score of ([\d.]+)<", content)
@@ -311,8 +311,8 @@ def test_what_the_user_can_mend_is_one_line_and_status_2(runs, tmp_path, capsys,
     path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": ["q_lin"]}))
     assert "name a run with the same --target-modules" in refused(capsys, one, "--against", queries)
 
-    monkeypatch.delitem(sys.modules, "reports.pictures")
-    monkeypatch.delattr(reports, "pictures")
+    monkeypatch.delitem(sys.modules, "reporting.pictures")
+    monkeypatch.delattr(reporting, "pictures")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "pip install -e '.[report]'" in refused(capsys, one)
 

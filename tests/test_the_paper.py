@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora import LoraConfig, LoRALinear, PeftModel, get_peft_model
 from model import DistilBertConfig, DistilBertForSequenceClassification
-from optimizer import AdamW, parameter_groups, schedule
+from training.optimizer import AdamW, parameter_groups, schedule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Q_V = ["q_lin", "v_lin"]
@@ -88,7 +88,7 @@ def finetune(
     optimizer = AdamW(parameter_groups(model, rate, ratio), weight_decay=decay)
     for step in range(1, steps + 1):
         for group in optimizer.param_groups:
-            group["lr"] = group["highest_lr"] * schedule(step, steps, warmup=0.0)
+            group["lr"] = group["initial_lr"] * schedule(step, steps, warmup=0.0)
         optimizer.zero_grad()
         loss().backward()
         optimizer.step()

@@ -15,14 +15,14 @@ import transformers
 from tokenizers import Tokenizer
 
 import train
-from evaluate import confusion_matrix, macro_f1
 from lora import PeftModel
-from machine import cast_frozen_matrices, choose_dtype, peak_memory_mb
 from model import load_pretrained, save_pretrained
 from model.pretrained import EMBEDDED_SHA256
-from optimizer import AdamW, schedule
-from options import Options, parse
 from train import main
+from training.device import cast_frozen_matrices, choose_dtype, peak_memory_mb
+from training.evaluation import confusion_matrix, macro_f1
+from training.optimizer import AdamW, schedule
+from training.options import Options, parse
 
 SHORT = ["--model", "minilm", "--dataset", "sample", "--train-limit", "48", "--test-limit", "16", "--epochs", "1"]
 
@@ -86,7 +86,7 @@ def test_a_run_does_not_import_the_compiler_of_torch(tmp_path):
 
 def test_peak_memory_is_that_of_the_process_and_not_of_the_one_that_started_it():
     large = np.ones(125_000_000)  # 1 GB
-    program = "import torch, machine; print(machine.peak_memory_mb(torch.device('cpu')))"
+    program = "import torch; from training import device; print(device.peak_memory_mb(torch.device('cpu')))"
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, cwd=Path(train.__file__).parent, capture_output=True, text=True)
     assert 50 < float(done.stdout) < large.nbytes / 1e6 < peak_memory_mb(torch.device("cpu"))

@@ -1,0 +1,110 @@
+"""The disk: files read with a clear error, and written whole or not at all."""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from common.errors import UserError
+from lora.files import flush, make_folder, read_json, read_safetensors, why, write_file
+
+__all__ = [
+    "append_line",
+    "make_folder",
+    "new_folder",
+    "read_json",
+    "read_metadata",
+    "read_safetensors",
+    "refuse_if_unwritable",
+    "refuse_to_overwrite",
+    "sha256_of_file",
+    "write_file",
+]
+
+
+def sha256_of_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The strings in the header of a safetensors file. Raises UserError if it is not whole."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is not a whole safetensors file ({error})") from error
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path | str) -> Iterator[Path]:
+    """Within the block, a temporary sibling to fill; after it, flushed to disk and renamed to `folder`, which must be new
+    or empty. If the block raises, nothing is left behind."""
+    folder = Path(folder)
+    refuse_to_overwrite(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name[:40]}.", dir=folder.parent))  # no longer than a name may be
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}") from error
+    try:
+        yield temporary
+        for path in [*temporary.rglob("*"), temporary]:
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())  # as if it had not been made in private
+            flush(path)
+        os.replace(temporary, folder)
+        flush(folder.parent)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder} cannot be written: {getattr(error, 'strerror', None) or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_to_overwrite(folder: Path) -> None:
+    """Raises UserError if there is anything at `folder` that a new run or model would mix with."""
+    try:
+        full = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
+        here = folder.resolve() == Path.cwd()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} cannot be written: {why(error)}; name another folder") from error
+    if full:
+        raise UserError(f"{folder} exists and is not an empty folder: name another, or move it away")
+    if here:
+        raise UserError(f"{folder} is the folder that you are in: name another")
+
+
+def refuse_if_unwritable(folder: Path) -> None:
+    """Raises UserError now if `new_folder(folder)` would later, when its content has been computed. Leaves nothing behind."""
+    missing = [path for path in [folder, *folder.parents] if not path.exists()]
+    try:
+        with new_folder(folder):
+            pass
+    finally:
+        for path in missing:
+            with contextlib.suppress(OSError, ValueError):  # it could not be made
+                path.rmdir()
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append to a file, and flush it to disk."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

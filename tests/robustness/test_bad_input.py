@@ -1,0 +1,612 @@
+"""What a user can get wrong: each is refused in one line that names the place and the remedy, and leaves nothing behind."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from tokenizers import Tokenizer
+
+import train
+from common.errors import UserError
+from common.files import write_file
+from data import evaluation_batches, load_dataset, tokenize
+from model import DistilBertConfig, DistilBertForSequenceClassification, load_pretrained, save_pretrained
+from model.pretrained import HEAD
+from training.evaluation import ModelRunner, compute_logits
+
+ROOT = Path(__file__).parents[2]
+TINY = DistilBertConfig(dim=32, n_heads=4, n_layers=2, hidden_dim=64)
+NORM = "distilbert.embeddings.LayerNorm.bias"
+TOKEN_TYPE = "distilbert.embeddings.token_type_embeddings.weight"
+
+
+@pytest.fixture(autouse=True)
+def no_hub(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # for the processes that are started here
+    monkeypatch.setattr("common.hub.hub_is_reachable", lambda: False)
+
+
+@pytest.fixture(scope="session")
+def classifier_folder(tmp_path_factory, tokenizer_file):
+    """A tiny DistilBERT whose head is for two classes."""
+    folder = tmp_path_factory.mktemp("models") / "classifier"
+    torch.manual_seed(0)
+    save_pretrained(DistilBertForSequenceClassification(TINY), Tokenizer.from_file(str(tokenizer_file)), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def base_folder(classifier_folder):
+    """The same without a head."""
+    folder = classifier_folder.with_name("base")
+    shutil.copytree(classifier_folder, folder)
+    write_weights(folder, lambda weights: [weights.pop(key) for key in HEAD])
+    return folder
+
+
+@pytest.fixture
+def model(base_folder, tmp_path):
+    """A copy of it to damage."""
+    return Path(shutil.copytree(base_folder, tmp_path / "model"))
+
+
+def write_weights(folder, change):
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    change(weights)
+    safetensors.torch.save_file(weights, folder / "model.safetensors")
+
+
+def write_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def write_tokenizer(folder, change):
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    change(tokenizer)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+def refusal(call, *arguments, **keywords):
+    """The message of the UserError that the call must end in, which must be one line."""
+    with pytest.raises(UserError) as caught:
+        call(*arguments, **keywords)
+    message = str(caught.value)
+    assert message == message.strip()
+    assert len(message.splitlines()) == 1
+    assert len(message) < 1000
+    return message
+
+
+# Data sets
+
+GOOD = '{"text": "fine", "label": 0}\n{"text": "also fine", "label": 1}\n'
+
+
+def data_folder(folder, **files):
+    """A folder with these files; train_jsonl is train.jsonl. The test part is a copy of the training part unless given."""
+    folder.mkdir(exist_ok=True)
+    for name, content in files.items():
+        path = folder / name.replace("_", ".")
+        path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
+        test = path.with_name(path.name.replace("train", "test"))
+        if path.name.startswith("train") and test.name.replace(".", "_") not in files:
+            shutil.copy(path, test)
+    return str(folder)
+
+
+def data_refusal(folder, **files):
+    return refusal(load_dataset, data_folder(folder, **files))
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ('{"text": "x", "label" 1}', ["':' delimiter at column 23", "one whole object a line"]),
+        ('{"text": "x",', ["not JSON", "one whole object a line"]),
+        pytest.param("[" * 100_000, ["not JSON"], id="nested too deeply"),
+        ('["x", 1]', ['want an object with "text" and "label"']),
+        ('"x"', ['want an object with "text" and "label"']),
+        ('{"text": "x"}', ['want an object with "text" and "label"']),
+        ('{"txt": "x", "label": 1}', ['want an object with "text" and "label"']),
+        ('{"text": "", "label": 1}', ["the text is empty", "remove the row"]),
+        ('{"text": " \\t\\n", "label": 1}', ["the text is empty", "remove the row"]),
+        ('{"text": null, "label": 1}', ["the text null is no string"]),
+        ('{"text": ["x"], "label": 1}', ['the text ["x"] is no string']),
+        ('{"text": "x", "label": ""}', ["the label is empty"]),
+        ('{"text": "x", "label": true}', ["the label true is neither a whole number nor a name"]),
+        ('{"text": "x", "label": 1.0}', ["the label 1.0 is neither a whole number nor a name"]),
+        ('{"text": "x", "label": NaN}', ["the label NaN is neither a whole number nor a name"]),
+        ('{"text": "x", "label": null}', ["the label null is neither a whole number nor a name"]),
+        pytest.param(json.dumps({"text": "x", "label": [1] * 1000}), ["the label [1, 1,", "..."], id="a list of labels"),
+        pytest.param('{"text": "x", "label": ' + "9" * 5000 + "}", ["not JSON"], id="5000 digits"),
+        ('{"text": "x", "label": "one"}', ["the label 'one' in a file that began with 0", "keep to one kind"]),
+        ('{"text": "x \\ud800", "label": 1}', ["half a surrogate pair", "remove it"]),
+        ('{"text": "x", "label": "\\udc00"}', ["half a surrogate pair", "remove it"]),
+        pytest.param('{"text": "x \ud800", "label": 1}', ["not UTF-8", "save the file as UTF-8"], id="a raw surrogate"),
+    ],
+)
+def test_a_bad_row_of_jsonl_is_refused_with_its_line(tmp_path, row, says):
+    message = data_refusal(tmp_path, train_jsonl=GOOD + "\n" + row + "\n" + GOOD)
+    assert message.startswith(f"{tmp_path / 'train.jsonl'}, line 4: ")
+    assert all(part in message for part in says), message
+
+
+def test_the_same_row_in_the_test_part_is_refused_by_that_files_name(tmp_path):
+    message = data_refusal(tmp_path, train_jsonl=GOOD, test_jsonl=GOOD + '{"text": "", "label": 1}\n')
+    assert message.startswith(f"{tmp_path / 'test.jsonl'}, line 3: ")
+
+
+@pytest.mark.parametrize(
+    ("rows", "line", "says"),
+    [
+        ("text,label\nfine,0\none, two,1\n", 3, ["3 fields, and the header names 2", "quote the texts"]),
+        ('text,label\n"two\nlines",0\n\nx,1,2\n', 5, ["3 fields, and the header names 2"]),
+        ('text,label\n"two\nlines",0\n"it"s,1\nx,1\n', 4, ["not CSV", "mend its quotes"]),
+        ('text,label\nfine,0\n"never closed,1\n' + "x,0\n" * 50, 3, ["not CSV", "mend its quotes"]),
+        ('text,label\n" ",0\n', 2, ["the text is empty"]),
+        ("text,label\nfine,0\nx,\n", 3, ["the label is empty"]),
+        ("text,label\nfine,good\nx,2\n", 3, ["the label 2 in a file that began with 'good'"]),
+        ("sentence;mood\nfine;0\n", 1, ['"class","title","description" are 3', "a header that names text and label"]),
+        ('"1","fine","day"\n"2","no description"\n', 2, ["2 fields", "quote the texts"]),
+        ('"class","title","description"\n"1","fine","day"\n', 1, ["the class 'class' is not a number from 1"]),
+        ('"1","fine","day"\n"2",""," "\n', 2, ["the text is empty"]),
+    ],
+)
+def test_a_bad_row_of_csv_is_refused_with_the_line_where_it_begins(tmp_path, rows, line, says):
+    message = data_refusal(tmp_path, train_csv=rows)
+    assert message.startswith(f"{tmp_path / 'train.csv'}, line {line}: ")
+    assert all(part in message for part in says), message
+
+
+@pytest.mark.parametrize("before", [0, 1, 5000])
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_bytes_that_are_not_utf_8_are_refused_with_their_line_however_far_down(tmp_path, before, suffix):
+    header, row, bad = {
+        "jsonl": ("", '{"text": "déjà vu", "label": 0}\n', '{"text": "café", "label": 1}\n'),
+        "csv": ("text,label\n", '"déjà\nvu",0\n', "café,1\n"),
+    }[suffix]
+    good = header + row * before
+    message = data_refusal(tmp_path, **{f"train_{suffix}": good.encode() + bad.encode("latin-1")})
+    assert message.startswith(f"{tmp_path / 'train'}.{suffix}, line {good.count(chr(10)) + 1}: not UTF-8")
+    assert message.endswith("save the file as UTF-8")
+
+
+def test_a_file_in_utf_16_is_refused(tmp_path):
+    assert "line 1: not UTF-8" in data_refusal(tmp_path, train_jsonl=GOOD.encode("utf-16"))
+
+
+@pytest.mark.parametrize(
+    "files",
+    [{"train_jsonl": ""}, {"train_jsonl": "\n\n"}, {"train_csv": ""}, {"train_csv": "text,label\n"}, {"train_csv": "\r\n"}],
+)
+def test_a_file_without_rows_is_refused_header_or_not(tmp_path, files):
+    name = next(iter(files)).replace("_", ".")
+    assert data_refusal(tmp_path, **files) == f"{tmp_path / name} holds no rows"
+
+
+def test_a_test_part_without_rows_is_refused(tmp_path):
+    assert data_refusal(tmp_path, train_jsonl=GOOD, test_jsonl="") == f"{tmp_path / 'test.jsonl'} holds no rows"
+
+
+@pytest.mark.parametrize(
+    ("train_rows", "says"),
+    [
+        ([(0, None), (2, None)], ["the labels are 0, 2, so 1 never occurs", "without gaps from 0 or 1"]),
+        ([(2, None), (3, None)], ["the labels are 2, 3, so 1 never occurs", "without gaps from 0 or 1"]),
+        ([(-1, None), (0, None)], ["the labels are -1, 0, so 1 never occurs"]),
+        ([(0, None), (10**400, None)], ["so 1 never occurs"]),
+        ([(1, None), (1, None)], ["every row has the label 1", "two classes at least"]),
+        ([("a", None)], ["every row has the label 'a'", "two classes at least"]),
+        ([(0, "A"), (1, "B"), (0, "C")], [", line 3: label 0 is called 'C', and 'A' before"]),
+        ([(0, "A"), (1, "B"), (0, None)], [", line 3: label 0 is called '0', and 'A' before"]),
+        ([(0, "A"), (1, "A")], [", line 2: label 1 is called 'A', as 0 is", "its own name"]),
+    ],
+)
+def test_labels_that_number_no_classes_are_refused(tmp_path, train_rows, says):
+    rows = [{"text": "x", "label": label} | ({"label_text": text} if text else {}) for label, text in train_rows]
+    message = data_refusal(tmp_path, train_jsonl="".join(json.dumps(row) + "\n" for row in rows))
+    assert message.startswith(str(tmp_path / "train.jsonl"))
+    assert all(part in message for part in says), message
+
+
+@pytest.mark.parametrize("label", [2, -1, "one"])
+def test_a_label_that_only_the_test_part_has_is_refused_with_its_line_and_the_ones_there_are(tmp_path, label):
+    test = GOOD + json.dumps({"text": "x", "label": label}) + "\n"
+    message = data_refusal(tmp_path, train_jsonl=GOOD, test_jsonl=test)
+    assert message == f"{tmp_path / 'test.jsonl'}, line 3: label {label!r} is none of the training part's: 0, 1"
+
+
+def test_texts_in_the_place_of_labels_are_shown_in_one_short_line(tmp_path):
+    rows = [{"text": "x", "label": f"A whole article\nof many words, number {i}. " * 50} for i in range(20)]
+    test = [{"text": "x", "label": "a line\nand another" * 100}]
+    files = {f"{part}_jsonl": "".join(json.dumps(row) + "\n" for row in r) for part, r in [("train", rows), ("test", test)]}
+    assert "test.jsonl, line 1" in data_refusal(tmp_path, **files)
+
+
+@pytest.mark.parametrize(
+    ("classes", "says"),
+    [
+        ("A\nB\n", "train.csv, line 3: label 3 has no name among the 2 in classes.txt"),
+        ("A\nB\nA\n", "classes.txt names 'A' twice"),
+        (b"A\n\xe9\nC\n", "classes.txt cannot be read as UTF-8"),
+    ],
+)
+def test_a_classes_txt_that_does_not_name_the_classes_is_refused(tmp_path, classes, says):
+    message = data_refusal(tmp_path, train_csv="1,x,y\n2,x,y\n3,x,y\n", classes_txt=classes)
+    assert message.startswith(f"{tmp_path}{os.sep}{says}")
+
+
+def test_names_in_classes_txt_do_not_hide_that_there_is_one_class_only(tmp_path):
+    assert "two classes at least" in data_refusal(tmp_path, train_csv="1,x,y\n1,z,y\n", classes_txt="A\nB\n")
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ({"train_jsonl": GOOD, "train_csv": "text,label\nx,0\ny,1\n"}, "both train.jsonl and train.csv"),
+        ({"readme_txt": "nothing"}, "neither train.jsonl nor train.csv"),
+        ({"test_jsonl": GOOD}, "neither train.jsonl nor train.csv"),
+    ],
+)
+def test_a_folder_with_two_training_parts_or_none_is_refused(tmp_path, files, says):
+    assert data_refusal(tmp_path, **files) == f"{tmp_path} holds {says}; one of them is needed"
+
+
+def test_a_folder_without_a_test_part_is_refused_with_the_remedy(tmp_path):
+    (tmp_path / "train.csv").write_text("text,label\nx,0\ny,1\n")
+    message = refusal(load_dataset, str(tmp_path))
+    assert message == f"{tmp_path} holds train.csv but no test.csv: put some rows aside to test on"
+
+
+def test_a_folder_in_the_place_of_a_file_is_refused(tmp_path):
+    (tmp_path / "train.jsonl").mkdir()
+    (tmp_path / "test.jsonl").mkdir()
+    assert refusal(load_dataset, str(tmp_path)).startswith(f"{tmp_path / 'train.jsonl'} cannot be read")
+
+
+def test_a_data_set_that_is_a_file_is_refused_with_the_names_that_its_folder_should_hold(tmp_path):
+    (tmp_path / "my.csv").write_text("text,label\n")
+    message = refusal(load_dataset, str(tmp_path / "my.csv"))
+    assert message == f"{tmp_path / 'my.csv'} is a file: name a folder that holds train.csv and test.csv"
+
+
+@pytest.mark.parametrize("name", ["agnews", "no/such/folder", "two\nlines", pytest.param("x" * 300, id="long")])
+def test_an_unknown_data_set_is_refused_with_the_names_there_are(name):
+    message = refusal(load_dataset, name)
+    assert message == f"there is no data set {name!r}: name a folder, or one of ag_news and sample"
+
+
+# Models
+
+
+def model_refusal(folder, num_labels=2):
+    return refusal(load_pretrained, str(folder), num_labels)
+
+
+def test_the_undamaged_models_load(classifier_folder, base_folder):
+    for folder, num_labels in [(classifier_folder, 2), (base_folder, 2), (base_folder, 5)]:
+        assert load_pretrained(str(folder), num_labels)[0].classifier.out_features == num_labels
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_file_that_is_missing_or_a_folder_is_refused_by_name(model, name):
+    (model / name).unlink()
+    assert model_refusal(model).startswith(f"{model / name} is missing")
+    (model / name).mkdir()
+    assert model_refusal(model).startswith(str(model / name))
+
+
+def test_a_pickle_is_not_read_in_the_place_of_safetensors(model):
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    assert "safetensors files only" in model_refusal(model)
+
+
+def test_a_model_that_is_a_file_is_refused_with_what_its_folder_should_hold(model):
+    message = model_refusal(model / "model.safetensors")
+    assert message.endswith("is a file: name the folder that holds config.json, tokenizer.json, model.safetensors")
+
+
+@pytest.mark.parametrize("share", [0, 0.001, 0.01, 0.5, 0.9999])
+def test_a_safetensors_file_cut_anywhere_is_refused(model, share):
+    path = model / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    assert model_refusal(model).startswith(f"{path} is not a whole safetensors file")
+
+
+def test_a_pickle_called_safetensors_is_refused_and_not_unpickled(model):
+    class Trap:
+        def __reduce__(self):
+            return pytest.fail, ("it was unpickled",)
+
+    weights = safetensors.torch.load_file(model / "model.safetensors")
+    buffer = io.BytesIO()
+    torch.save(weights | {"trap": Trap()}, buffer)
+    (model / "model.safetensors").write_bytes(buffer.getvalue())
+    assert model_refusal(model).startswith(f"{model / 'model.safetensors'} is not a whole safetensors file")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({NORM: None}, f"lacks {NORM}: it is not the checkpoint that its config.json describes"),
+        ({"foo": torch.zeros(1)}, "holds distilbert.foo, which DistilBERT does not have"),
+        ({NORM: torch.zeros(33)}, f"{NORM} has the shape (33,), and its config.json says (32,)"),
+        ({NORM: torch.tensor(1.0)}, f"{NORM} has the shape (), and its config.json says (32,)"),
+        ({NORM: torch.zeros(32, dtype=torch.int64)}, f"{NORM} holds torch.int64, not floating-point numbers"),
+        ({NORM: torch.full((32,), torch.nan)}, f"{NORM} holds numbers that are not finite"),
+        ({TOKEN_TYPE: torch.zeros(2, 33)}, "token types of the shape (2, 33) cannot be added to positions of (512, 32)"),
+        ({TOKEN_TYPE: torch.zeros(2, 1)}, "token types of the shape (2, 1) cannot be added to positions of (512, 32)"),
+        ({TOKEN_TYPE: torch.zeros(0, 32)}, "token types of the shape (0, 32) cannot be added"),
+        ({TOKEN_TYPE: torch.tensor(1.0)}, "token types of the shape () cannot be added"),
+        ({"pre_classifier.bias": torch.zeros(32)}, "lacks pre_classifier.weight, classifier.weight, classifier.bias"),
+    ],
+)
+def test_weights_that_are_not_those_of_the_configuration_are_refused_by_name(model, changes, says):
+    def change(weights):
+        for key, tensor in changes.items():
+            weights.pop(key, None)
+            if tensor is not None:
+                weights[key] = tensor
+
+    write_weights(model, change)
+    message = model_refusal(model)
+    assert message.startswith(str(model / "model.safetensors"))
+    assert says in message
+
+
+def test_a_head_for_another_number_of_classes_is_refused_with_both_numbers_and_the_remedy(classifier_folder):
+    message = model_refusal(classifier_folder, num_labels=4)
+    assert message.endswith("model.safetensors has a head for 2 classes and the data has 4: name the base model")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model_type": "roberta"}, "model_type is 'roberta'; DistilBERT and the BERT family are read"),
+        ({"model_type": ["bert"]}, "model_type is ['bert']"),
+        ({"n_heads": 5}, "5 heads do not divide the dimension 32"),
+        ({"n_heads": 0}, "n_heads is 0"),
+        ({"hidden_act": "relu"}, "hidden_act is 'relu', and this DistilBERT has 'gelu' only"),
+        ({"activation": "relu"}, "activation is 'relu', and this DistilBERT has 'gelu' only"),
+        ({"dim": "32"}, "dim is '32'"),
+        ({"dim": 32.0}, "dim is 32.0"),
+        ({"dim": 10**30}, f"dim is {10**30}"),
+        ({"hidden_dim": 1 << 62}, f"hidden_dim is {1 << 62}"),
+        ({"n_layers": True}, "n_layers is True"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"attention_dropout": float("nan")}, "attention_dropout is nan"),
+        ({"pad_token_id": None}, "pad_token_id is None"),
+        ({"pad_token_id": 30522}, "pad_token_id is 30522, beyond the 30522 words of the vocabulary"),
+    ],
+)
+def test_a_configuration_of_another_model_or_of_none_is_refused(model, changes, says):
+    write_config(model, **changes)
+    message = model_refusal(model)
+    assert message.startswith(f"{model / 'config.json'}: ")
+    assert says in message
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{nope", pytest.param(b"[" * 100_000, id="deep"), b'{"dim": "\xe9"}', b"[1, 2]", b"null"]
+)
+def test_a_configuration_that_is_no_json_object_is_refused(model, content):
+    (model / "config.json").write_bytes(content)
+    assert model_refusal(model).startswith(str(model / "config.json"))
+
+
+@pytest.mark.parametrize("content", ["", "garbage", "{}", "null", '{"version": "1.0", "model": {"type": "Foo"}}'])
+def test_a_tokenizer_that_is_garbage_is_refused(model, content):
+    (model / "tokenizer.json").write_text(content)
+    message = model_refusal(model)
+    assert message.startswith(f"{model / 'tokenizer.json'} is not a tokenizer")
+    assert message.endswith("fetch it again")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda it: it["model"]["vocab"].update({"the": 40_000}), "has 40001 words, and the model 30522"),
+        (lambda it: it["model"]["vocab"].update({"brandnew": 30_522}), "has 30523 words, and the model 30522"),
+        (lambda it: it["model"].update(unk_token="no such word"), "Missing [UNK] token"),
+        (lambda it: it.update(post_processor=None), "does not put a text between [CLS] and [SEP]"),
+    ],
+    ids=["a word far beyond", "a word too many", "no unknown word", "no special tokens"],
+)
+def test_a_tokenizer_that_does_not_fit_the_model_is_refused(model, change, says):
+    write_tokenizer(model, change)
+    message = model_refusal(model)
+    assert message.startswith(str(model / "tokenizer.json"))
+    assert says in message
+
+
+def test_a_name_that_is_too_long_for_a_file_or_the_hub_is_refused():
+    assert "neither a folder nor the name of a model on the hub" in model_refusal("x" * 300)
+
+
+# The command line
+
+
+def run_refusal(capsys, tmp_path, *arguments, model="minilm", dataset="sample"):
+    """What train.py prints when it refuses to run; it must print one line, return 2 and leave no folder."""
+    before = sorted(path for path in tmp_path.rglob("*"))
+    typed = ["--model", str(model), "--dataset", str(dataset), "--output-dir", str(tmp_path / "out")]
+    assert train.main([*typed, *arguments]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("train.py: ")
+    assert printed.endswith("\n")
+    assert len(printed.splitlines()) == 1
+    assert sorted(path for path in tmp_path.rglob("*")) == before
+    return printed.removeprefix("train.py: ").rstrip("\n")
+
+
+@pytest.mark.parametrize(
+    ("typed", "says"),
+    [
+        ("--r 0", ["r is 0", "from 1"]),
+        ("--r 2.5", ["--r", "'2.5'", "--help"]),
+        ("--lora-alpha 0", ["lora_alpha is 0.0"]),
+        ("--lora-alpha nan", ["lora_alpha is nan"]),
+        ("--lora-dropout 1.5", ["lora_dropout is 1.5", "less than 1"]),
+        ("--bias foo", ["bias is 'foo'", "none, all or lora_only"]),
+        ("--epochs 0", ["--epochs is 0", "1 at least"]),
+        pytest.param("--epochs 1" + "0" * 400, ["--epochs is 1000", "below 2**31"], id="--epochs 1e400"),
+        pytest.param("--batch-size 1" + "0" * 400, ["--batch-size is 1000", "below 2**31"], id="--batch-size 1e400"),
+        ("--merged-output caf\udce9", ["'caf\\udce9' on the command line is not UTF-8"]),
+        ("--batch-size -1", ["--batch-size is -1", "1 at least"]),
+        ("--train-limit 0", ["--train-limit is 0"]),
+        ("--test-limit 0", ["--test-limit is 0"]),
+        ("--max-length 2", ["--max-length is 2", "3 at least"]),
+        ("--seed -1", ["--seed is -1"]),
+        ("--seed 18446744073709551616", ["--seed is 18446744073709551616", "below 2**63"]),
+        ("--learning-rate -0.001", ["--learning-rate is -0.001", "above 0"]),
+        ("--learning-rate nan", ["--learning-rate is nan"]),
+        ("--learning-rate inf", ["--learning-rate is inf"]),
+        ("--learning-rate 1e300", ["--learning-rate is 1e+300", "float32"]),
+        ("--weight-decay -1", ["--weight-decay is -1.0"]),
+        ("--weight-decay nan", ["--weight-decay is nan"]),
+        ("--warmup 1.1", ["--warmup is 1.1", "from 0 to 1"]),
+        ("--dtype float64", ["--dtype is 'float64'", "auto, float32, bfloat16"]),
+        ("--device gpu", ["--device is 'gpu'", "auto, cpu, cuda, mps"]),
+        ("--no-such-option 1", ["--no-such-option", "--help"]),
+        ("--epoch 1", ["--epoch", "--help"]),
+        ("--r", ["--r", "expected one argument", "--help"]),
+        ("--target-modules", ["--target-modules", "expected at least one argument", "--help"]),
+        ("sample", ["unrecognized arguments: sample", "--help"]),
+    ],
+)
+def test_an_option_that_cannot_be_meant_is_refused_by_name(capsys, tmp_path, typed, says):
+    message = run_refusal(capsys, tmp_path, *typed.split())
+    assert all(part in message for part in says), message
+
+
+def test_a_newline_in_what_was_typed_does_not_break_the_message(capsys, tmp_path):
+    assert "two lines" in run_refusal(capsys, tmp_path, "two\nlines")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_where_there_is_none_is_refused_with_the_remedy(capsys, tmp_path):
+    message = run_refusal(capsys, tmp_path, "--device", "cuda")
+    assert message == "--device is cuda, and PyTorch finds none on this machine: leave it out, or use cpu"
+
+
+@pytest.mark.parametrize(
+    ("targets", "says"),
+    [
+        (["q_lin", "query"], ["no layer is called 'query'", "q_lin, k_lin, v_lin, out_lin, lin1, lin2"]),
+        ([".*query"], ["'.*query', which matches no layer", "q_lin, k_lin, v_lin, out_lin, lin1, lin2"]),
+        ([""], ["target_modules is empty", "q_lin, k_lin, v_lin, out_lin, lin1, lin2"]),
+        (["*q_lin"], ["'*q_lin', which is no regular expression", "position 0"]),
+        (["classifier"], ["classifier is trained in full already"]),
+        (["word_embeddings"], ["word_embeddings is of type Embedding", "only plain linear layers"]),
+        (["attention"], ["attention is of type MultiHeadSelfAttention", "only plain linear layers"]),
+    ],
+)
+def test_targets_that_cannot_be_adapted_are_refused(capsys, tmp_path, base_folder, targets, says):
+    message = run_refusal(capsys, tmp_path, "--target-modules", *targets, model=base_folder)
+    assert all(part in message for part in says), message
+
+
+@pytest.mark.parametrize(
+    ("typed", "says"),
+    [
+        (["--max-length", "513"], "--max-length is 513, and {} reads 512 tokens"),
+        (["--r", "33"], "--r is 33, and no layer of {} has a rank above 32"),
+    ],
+)
+def test_an_option_that_is_too_much_for_the_model_is_refused_with_what_it_can_do(capsys, tmp_path, base_folder, typed, says):
+    assert run_refusal(capsys, tmp_path, *typed, model=base_folder) == says.format(base_folder)
+
+
+def test_what_is_wrong_with_data_or_model_reaches_the_command_line(capsys, tmp_path, classifier_folder):
+    data = data_folder(tmp_path / "data", train_jsonl=GOOD + "[]\n")
+    assert run_refusal(capsys, tmp_path, dataset=data).startswith(f"{Path(data, 'train.jsonl')}, line 3: ")
+    assert "has a head for 2 classes and the data has 4" in run_refusal(capsys, tmp_path, model=classifier_folder)
+    assert run_refusal(capsys, tmp_path, dataset="agnews").startswith("there is no data set 'agnews'")
+
+
+def test_a_model_that_is_neither_here_nor_on_the_hub_is_refused_by_name_with_the_remedy(capsys, tmp_path):
+    message = run_refusal(capsys, tmp_path, model="no-one/no-such-model")
+    assert "no-one/no-such-model" in message
+    assert "name a folder" in message
+
+
+@pytest.mark.parametrize("option", ["--model", "--dataset"])
+def test_an_empty_name_is_refused_and_not_taken_for_the_default(capsys, tmp_path, monkeypatch, option):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    message = run_refusal(capsys, tmp_path, option, "")
+    assert "distilbert-base-uncased" not in message
+    assert "ag_news" not in message
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("file", "exists and is not an empty folder: name another, or move it away"),
+        ("full", "exists and is not an empty folder: name another, or move it away"),
+        ("file/below", "cannot be written: Not a directory"),
+        pytest.param("x" * 300, "cannot be written: File name too long", id="long"),
+    ],
+)
+def test_an_output_folder_that_cannot_be_new_is_refused_and_what_is_there_stays(capsys, tmp_path, base_folder, name, says):
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "results.json").write_text("precious")
+    message = run_refusal(capsys, tmp_path, "--output-dir", str(tmp_path / name), model=base_folder)
+    assert str(tmp_path / name) in message
+    assert says in message
+    assert (tmp_path / "file").read_text() == (tmp_path / "full" / "results.json").read_text() == "precious"
+
+
+def test_a_file_that_cannot_be_written_is_refused_by_name(tmp_path):
+    (tmp_path / "file").write_text("")
+    message = refusal(write_file, tmp_path / "file" / "results.json", b"{}")
+    assert message.startswith(f"{tmp_path / 'file' / 'results.json'} cannot be written")
+
+
+def test_a_model_that_has_diverged_is_not_scored(base_folder, tokenizer_file):
+    model, tokenizer = load_pretrained(str(base_folder), 2)
+    texts = tokenize(tokenizer, ["one", "two"], 16)
+    forward = ModelRunner(model, torch.device("cpu"), torch.float32)
+    batches = evaluation_batches(texts.lengths, forward.tokens)
+    assert compute_logits(forward, texts, batches).shape == (2, 2)
+    model.classifier.bias.data[0] = torch.inf
+    assert "smaller --learning-rate" in refusal(compute_logits, forward, texts, batches)
+
+
+def process(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | environment,
+    )
+
+
+def test_the_process_ends_with_status_2_one_line_on_stderr_and_no_traceback(tmp_path):
+    data = data_folder(tmp_path / "data", train_csv='text,label\nx,0\n"never closed,1\n')
+    ended = process("--model", "minilm", "--dataset", data, "--output-dir", tmp_path / "out")
+    assert ended.returncode == 2
+    assert ended.stderr.startswith(f"train.py: {Path(data, 'train.csv')}, line 3: ")
+    assert len(ended.stderr.splitlines()) == 1
+    assert ended.stdout == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_console_that_cannot_show_a_class_name_does_not_cost_the_run(tmp_path, base_folder):
+    data = data_folder(tmp_path / "data", train_jsonl='{"text": "x", "label": "thé"}\n{"text": "y", "label": "café"}\n')
+    options = ["--model", base_folder, "--dataset", data, "--output-dir", tmp_path / "out", "--epochs", 1]
+    ended = process(*options, PYTHONIOENCODING="ascii")
+    assert ended.returncode == 0, ended.stderr
+    assert "caf\\xe9" in ended.stdout
+    assert list(json.loads((tmp_path / "out" / "results.json").read_text())["after"]["per_class_f1"]) == ["café", "thé"]

@@ -1,0 +1,433 @@
+"""A run that is stopped, by whatever and whenever, goes on and ends with the same adapter, bit for bit."""
+
+import dataclasses
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from safetensors.torch import load_file
+
+from common.errors import UserError
+from common.files import append_line
+from train import main
+from training import checkpoint
+from training.checkpoint import Checkpoints, newest_first, read_newest
+from training.options import Options
+
+ROOT = Path(__file__).parents[2]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+STEPS = 50  # 200 examples in batches of 8, twice
+
+
+@pytest.fixture(scope="module")
+def words(small_model) -> list[str]:
+    options = ["--train-limit", "200", "--test-limit", "20", "--batch-size", "8", "--epochs", "2", "--checkpoint-every", "2"]
+    return ["--model", str(small_model), "--dataset", "sample", "--learning-rate", "3e-3", *options]
+
+
+@pytest.fixture(scope="module")
+def left_alone(words, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("left") / "alone"
+    assert main([*words, "--output-dir", str(folder)]) == 0
+    return folder
+
+
+def start(*arguments: str, processes: int = 1, program: list[str] | None = None, **more) -> subprocess.Popen:
+    launcher = TORCHRUN if processes == 2 else []
+    command = [sys.executable, *launcher, *(program or ["train.py"]), *arguments]
+    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more)
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while process.poll() is None and not any(path.stem >= f"step-{step:08}" for path in newest_first(run)):
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def assert_same_end(run: Path, other: Path) -> None:
+    """The adapter byte for byte, the metrics but for the speed, and nothing left over."""
+    name = "adapter/adapter_model.safetensors"
+    assert (run / name).read_bytes() == (other / name).read_bytes()
+    assert sorted(path.name for path in run.iterdir()) == ["adapter", "metrics.jsonl", "results.json"]
+    metrics = [[json.loads(line) for line in (folder / "metrics.jsonl").open()] for folder in (run, other)]
+    for line in [*metrics[0], *metrics[1]]:
+        del line["examples_per_second"]
+    assert metrics[0] == metrics[1]
+    results = [json.loads((folder / "results.json").read_text()) for folder in (run, other)]
+    assert results[0]["before"] == results[1]["before"]
+    assert results[0]["after"] == results[1]["after"]
+
+
+def kill(process: subprocess.Popen) -> None:
+    """It and, for torchrun gives each a session of its own, all that it has started."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for pid in [process.pid, *map(int, children)]:
+        os.kill(pid, signal.SIGKILL)
+    process.communicate()
+
+
+def kill_and_go_on(words: list[str], run: Path, kills: int, processes: int, steps: int = STEPS, last: bool = True) -> None:
+    """Start the run, and kill it at random moments, `kills` times, before it is (if `last`) left to end."""
+    rng = random.Random(0)
+    arguments, done = [*words, "--output-dir", str(run)], 0
+    for number in range(kills):
+        process = start(*arguments, processes=processes)
+        done = max([done, *(int(path.stem[5:]) for path in newest_first(run))])
+        wait_for_step(run, min(done + 2 * (1 + number % 2), steps - 2), process)
+        time.sleep(rng.uniform(0, 0.03))
+        kill(process)
+        assert not (run / "results.json").exists()
+        arguments = ["--resume", str(run)]
+    if not last:
+        return
+    process = start(*arguments, processes=processes)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+
+
+def test_a_run_that_is_killed_again_and_again_ends_as_one_left_alone(words, left_alone, tmp_path):
+    kill_and_go_on(words, tmp_path / "run", kills=4, processes=1)
+    assert_same_end(tmp_path / "run", left_alone)
+
+
+@pytest.fixture(scope="module")
+def two_left_alone(words, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("two") / "alone"
+    kill_and_go_on(words, folder, kills=0, processes=2)
+    return folder
+
+
+def test_two_processes_that_are_killed_end_as_two_left_alone(words, two_left_alone, tmp_path):
+    kill_and_go_on(words, tmp_path / "run", kills=1, processes=2)
+    assert_same_end(tmp_path / "run", two_left_alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_twenty_kills(processes, words, tmp_path):
+    words = [*words, "--epochs", "12"]  # 300 steps
+    for run, kills in [("alone", 0), ("run", 20)]:
+        kill_and_go_on(words, tmp_path / run, kills, processes, steps=300)
+    assert_same_end(tmp_path / "run", tmp_path / "alone")
+
+
+@pytest.mark.parametrize("moment", ["half of it is on disk", pytest.param("it is not renamed yet", marks=pytest.mark.slow)])
+def test_a_run_that_is_killed_while_it_writes_a_checkpoint_goes_on_from_the_one_before(moment, words, left_alone, tmp_path):
+    run = tmp_path / "run"
+    program = f"""
+import os, signal, sys
+from pathlib import Path
+import train; from common import files
+
+write_bytes = Path.write_bytes
+def half(path, content):
+    if "step-00000024" in path.name:
+        write_bytes(path, content[:len(content) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+    write_bytes(path, content)
+
+replace = os.replace
+def never(old, new):
+    if "step-00000024" in str(new):
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(old, new)
+
+if {moment!r} == "half of it is on disk":
+    Path.write_bytes = half
+else:
+    os.replace = never
+train.main(sys.argv[1:])
+"""
+    process = start(*words, "--output-dir", str(run), program=["-c", program])
+    assert process.wait(120) == -signal.SIGKILL
+    assert [path.name for path in newest_first(run)] == ["step-00000022.safetensors", "step-00000020.safetensors"]
+    assert list((run / "checkpoints").glob(".*"))
+    assert main(["--resume", str(run)]) == 0
+    assert_same_end(run, left_alone)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_the_step_writes_a_checkpoint_and_says_how_to_go_on(number, status, words, left_alone, tmp_path):
+    run = tmp_path / "run"
+    words = [*words[: words.index("--checkpoint-every")], "--checkpoint-every", "1000"]
+    process = start(*words, "--output-dir", str(run))
+    deadline = time.monotonic() + 60
+    while not ((run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert f"stopped by {number.name}; to go on: --resume {run}" in errors
+    assert "Traceback" not in errors
+    assert read_newest(run).step >= 10  # and not only the one of the start
+    assert main(["--resume", str(run)]) == 0
+    assert_same_end(run, left_alone)
+
+
+def test_two_processes_stop_after_the_same_step(words, tmp_path):
+    run = tmp_path / "run"
+    process = start(*words, "--epochs", "40", "--output-dir", str(run), processes=2)
+    wait_for_step(run, 10, process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert read_newest(run).step >= 10
+
+
+@pytest.fixture(scope="module")
+def killed(words, tmp_path_factory) -> Path:
+    """A run with two checkpoints, of steps 22 and 20, and half of a third."""
+    run = tmp_path_factory.mktemp("killed") / "run"
+    program = "import os, sys, train; from common import files; replace = os.replace\n"
+    program += "os.replace = lambda old, new: os._exit(9) if 'step-00000024' in str(new) else replace(old, new)\n"
+    program += "train.main(sys.argv[1:])"
+    assert start(*words, "--output-dir", str(run), program=["-c", program]).wait(120) == 9
+    return run
+
+
+@pytest.fixture
+def stopped(killed, tmp_path) -> Path:
+    return Path(shutil.copytree(killed, tmp_path / "run"))
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(stopped, left_alone, capsys, tmp_path):
+    newest, other = newest_first(stopped)
+    whole = newest.read_bytes()
+    rng = random.Random(0)
+    for damaged in [b"", whole[:1000], whole[:-1], *(flip(whole, rng.randrange(len(whole))) for _ in range(200))]:
+        newest.write_bytes(damaged)
+        assert read_newest(stopped).path == other
+        assert str(newest) in capsys.readouterr().out
+    assert main(["--resume", str(stopped)]) == 0
+    assert_same_end(stopped, left_alone)
+
+
+def flip(content: bytes, at: int) -> bytes:
+    return content[:at] + bytes([content[at] ^ 1 << at % 8]) + content[at + 1 :]
+
+
+def test_where_no_checkpoint_is_whole_the_run_is_to_be_started_again(stopped):
+    for path in newest_first(stopped):
+        path.write_bytes(b"\0" * 100)
+    with pytest.raises(UserError, match=r"no checkpoint in .*checkpoints is whole: start the run again"):
+        read_newest(stopped)
+    shutil.rmtree(stopped / "checkpoints")
+    with pytest.raises(UserError, match="holds no checkpoint to go on from"):
+        read_newest(stopped)
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        (["--r", "4"], "--r is 4, and 2 in the run"),
+        (["--seed", "1"], "--seed is 1, and 0 in the run"),
+        (["--use-dora"], "--use-dora is True, and False in the run"),
+        (["--target-modules", "q_lin"], r"--target-modules is \['q_lin'\], and \['q_lin', 'v_lin'\] in the run"),
+        (["--output-dir", "elsewhere"], "--output-dir is elsewhere, and .*run in the run"),
+    ],
+)
+def test_an_option_that_contradicts_the_run_is_refused_by_name(typed, message, stopped, capsys):
+    assert main(["--resume", str(stopped), *typed]) == 2
+    assert len(errors := capsys.readouterr().err.splitlines()) == 1
+    assert re.search(message, errors[0])
+
+
+def test_other_data_another_model_and_another_number_of_processes_are_refused(stopped, tmp_path):
+    saved = read_newest(stopped)
+    with pytest.raises(UserError, match="was one of 1 processes: start as many, not 2"):
+        saved.refuse_changes(2, saved.fingerprint)
+    for what in ("the model", "the data", "--dtype"):
+        with pytest.raises(UserError, match=f"{what} is not what it was when the run"):
+            saved.refuse_changes(1, saved.fingerprint | {what: "another"})
+
+
+def test_a_run_that_has_ended_is_not_gone_on_with(left_alone, capsys):
+    assert main(["--resume", str(left_alone)]) == 2
+    assert "has ended: its results.json is there" in capsys.readouterr().err
+
+
+def test_what_is_typed_again_is_no_contradiction_and_what_has_no_part_in_the_result_may_change(stopped, tmp_path):
+    saved = read_newest(stopped)
+    options = saved.resume_options({"r": 2, "target_modules": ["q_lin", "v_lin"], "checkpoint_every": 7})
+    assert options == dataclasses.replace(Options(**saved.options), checkpoint_every=7)
+
+
+def test_a_step_that_is_not_finite_stops_the_run_says_where_and_leaves_the_checkpoint_before_it(words, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main([*words, "--learning-rate", "1e25", "--dtype", "float32", "--output-dir", str(run)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(
+        r"(loss|norm) is (nan|inf) at step \d+, on the training examples (\d+, ){7}\d+ .* with --learning-rate 1e\+25", error
+    )
+    assert not (run / "adapter").exists()
+    for path in newest_first(run):
+        assert all(tensor.isfinite().all() for tensor in load_file(path).values())
+
+
+@pytest.mark.parametrize(("largest", "what"), [(20_000, "step-00000000.safetensors"), (60_000, "adapter")])
+def test_a_full_disk_is_one_line_and_leaves_no_half_of_a_file(largest, what, words, tmp_path):
+    run = tmp_path / "run"
+
+    def small_disk() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+
+    process = start(*words, "--r", "2", "--output-dir", str(run), preexec_fn=small_disk)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert f"{what} cannot be written: File too large" in errors.splitlines()[-1]
+    assert not list(run.rglob(".*"))
+    if what == "adapter":
+        assert read_newest(run).step == STEPS  # nothing is lost: with more room, the run goes on from here
+
+
+def test_checkpoints_take_one_per_cent_of_the_time_at_most(tmp_path, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now)
+    checkpoints = Checkpoints(tmp_path, None, {}, write=True)
+    assert not checkpoints.due(1)
+    now = 31.0
+    assert checkpoints.due(2)
+    checkpoints.cost = 0.5
+    assert not checkpoints.due(2)
+    now = 51.0
+    assert checkpoints.due(3)
+    assert [step for step in range(1, 10) if Checkpoints(tmp_path, 3, {}, write=True).due(step)] == [3, 6, 9]
+
+
+def test_two_are_kept(tmp_path):
+    layer = torch.nn.Linear(2, 2)
+    optimizer = checkpoint.AdamW([{"params": list(layer.parameters()), "lr": 0.1}], 0.0)
+    checkpoints = Checkpoints(tmp_path, 1, {}, write=True)
+    for step in range(5):
+        checkpoints.save(step, layer, optimizer, 0.0, [])
+    assert [path.name for path in newest_first(tmp_path)] == ["step-00000004.safetensors", "step-00000003.safetensors"]
+    assert safetensors.torch.load_file(newest_first(tmp_path)[0]).keys() == {
+        *("weight", "weight/step", "weight/mean", "weight/square", "bias", "bias/step", "bias/mean", "bias/square")
+    }
+
+
+def test_a_second_process_on_the_same_run_is_refused_and_the_first_goes_on(words, left_alone, tmp_path):
+    run = tmp_path / "run"
+    first = start(*words, "--output-dir", str(run))
+    wait_for_step(run, 2, first)
+    first.send_signal(signal.SIGSTOP)
+    second = start("--resume", str(run))
+    _, errors = second.communicate(timeout=60)
+    first.send_signal(signal.SIGCONT)
+    assert second.returncode == 2
+    assert errors.splitlines()[-1] == (f"train.py: another process is at work on the run in {run}: let it end, or end it")
+    assert first.wait(60) == 0
+    assert_same_end(run, left_alone)
+
+
+def test_two_runs_that_begin_in_the_same_folder_at_the_same_moment_do_not_mix(tmp_path):
+    first, second = (Checkpoints(tmp_path, 1, {}, write=True) for _ in range(2))
+    first.clean(0)
+    with pytest.raises(UserError, match="another process is at work"):
+        second.clean(0)
+    del first
+    second.clean(0)  # who is gone holds no lock
+    del second
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(UserError, match="another run has ended in"):
+        Checkpoints(tmp_path, 1, {}, write=True).clean(0)
+
+
+@pytest.mark.slow
+def test_processes_that_would_go_on_from_different_checkpoints_are_refused(words, tmp_path):
+    kill_and_go_on(words, tmp_path / "run", kills=1, processes=2, last=False)
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    newest_first(tmp_path / "other")[0].unlink()
+    program = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train
+sys.exit(train.main(["--resume", sys.argv[1 + int(os.environ["RANK"])]]))
+"""
+    (tmp_path / "program.py").write_text(program)
+    process = start(str(tmp_path / "run"), str(tmp_path / "other"), processes=2, program=[str(tmp_path / "program.py")])
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "the checkpoint differs between processes 0 and 1" in errors
+
+
+def test_a_damaged_checkpoint_that_was_passed_over_does_not_take_the_place_of_a_whole_one(stopped):
+    newest, other = newest_first(stopped)
+    newest.write_bytes(b"damaged")
+    saved = read_newest(stopped)
+    Checkpoints(stopped, 1, {}, write=True).clean(saved.step)
+    assert newest_first(stopped) == [other]
+
+
+def test_a_damaged_line_of_metrics_is_named_and_half_of_one_removed(stopped):
+    metrics = stopped / "metrics.jsonl"
+    whole = metrics.read_bytes()
+    metrics.write_bytes(whole + b'{"step": 2')
+    Checkpoints(stopped, 1, {}, write=True).clean(22)
+    assert metrics.read_bytes() == whole
+    for damaged in (b"{}\n", b"\0\0}\n", b"[]\n", b"\xff\n"):
+        metrics.write_bytes(whole + damaged)
+        with pytest.raises(UserError, match=rf"metrics.jsonl, line {1 + whole.count(bytes([10]))}: damaged"):
+            Checkpoints(stopped, 1, {}, write=True).clean(22)
+        assert metrics.read_bytes() == whole + damaged
+
+
+@pytest.mark.parametrize("about", [{"options": {"frobnicate": 1}}, {"options": {"epochs": -1}}, {"more": 1}])
+def test_a_checkpoint_of_another_version_is_named_as_such(about, killed, tmp_path, capsys):
+    saved = read_newest(killed)
+    fields = {item.name: getattr(saved, item.name) for item in dataclasses.fields(saved)[2:]}  # without path and tensors
+    state = json.dumps(fields | about)
+    tensors = {key: tensor.bfloat16() for key, tensor in saved.tensors.items()}
+    (tmp_path / "checkpoints").mkdir()
+    metadata = {"state": state, "sha256": checkpoint.sha256(state, tensors)}
+    safetensors.torch.save_file(tensors, tmp_path / "checkpoints" / "step-00000001.safetensors", metadata=metadata)
+    with pytest.raises(UserError, match=r"no checkpoint in .* is whole"):
+        read_newest(tmp_path)
+    assert "was written by another version of this program: passed over" in capsys.readouterr().out
+
+
+def test_a_power_cut_finds_each_file_on_disk_before_the_one_that_it_replaces_is_gone(tmp_path, monkeypatch):
+    happened = []
+    layer = torch.nn.Linear(2, 2)
+    optimizer = checkpoint.AdamW([{"params": list(layer.parameters()), "lr": 0.1}], 0.0)
+    checkpoints = Checkpoints(tmp_path, 1, {}, write=True)
+    for step in (1, 2):
+        checkpoints.save(step, layer, optimizer, 0.0, [])
+    replace, fsync, unlink = os.replace, os.fsync, Path.unlink
+
+    def note(what: str, do):
+        def noted(*arguments, **options):
+            path = arguments[0]
+            name = Path(f"/proc/self/fd/{path}").readlink().name if isinstance(path, int) else Path(path).name
+            happened.append((what, name))
+            return do(*arguments, **options)
+
+        return noted
+
+    monkeypatch.setattr(os, "replace", note("rename", replace))
+    monkeypatch.setattr(os, "fsync", note("flush", fsync))
+    monkeypatch.setattr(Path, "unlink", note("remove", unlink))
+    checkpoints.save(3, layer, optimizer, 0.0, [])
+    partial = ".step-00000003.safetensors.partial"
+    assert [(what, name) for what, name in happened if (what, name) != ("remove", partial)] == [
+        ("flush", partial),
+        ("rename", partial),
+        ("flush", "checkpoints"),
+        ("remove", "step-00000001.safetensors"),
+    ]
+    happened.clear()
+    append_line(tmp_path / "metrics.jsonl", "{}")
+    assert happened == [("flush", "metrics.jsonl")]

@@ -1,0 +1,64 @@
+"""Standard output and error that are full, closed, or read by nobody: one clear line where there is one, and no work lost."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+NO_SPACE = "standard output cannot be written: No space left on device"
+
+
+def train(model: Path, run: Path, redirection: str, *more: str) -> subprocess.CompletedProcess:
+    options = ["--train-limit", "100", "--test-limit", "8", "--epochs", "1", "--output-dir", run, *more]
+    return shell([sys.executable, "-u", "train.py", "--model", model, "--dataset", "sample", *options], redirection)
+
+
+def shell(command: list, redirection: str) -> subprocess.CompletedProcess:
+    """Its status is that of the command, and not of what reads its output."""
+    line = f'"$@" {redirection}; exit ${{PIPESTATUS[0]}}'
+    words = ["bash", "-c", line, "bash", *map(str, command)]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=100)
+
+
+@pytest.mark.parametrize(
+    ("redirection", "status"),
+    [
+        pytest.param("> /dev/full", 2, marks=FULL),
+        pytest.param("2> /dev/full", 0, marks=[FULL, pytest.mark.slow]),
+        pytest.param("> /dev/full 2>&1", 2, marks=[FULL, pytest.mark.slow]),
+        pytest.param("| true", 0, marks=pytest.mark.slow),
+        ("| head -1", 0),
+        pytest.param(">&-", 0, marks=pytest.mark.slow),
+        (">&- 2>&-", 0),
+    ],
+)
+def test_training_goes_on_to_its_end_whatever_becomes_of_its_output(small_model, tmp_path, redirection, status):
+    run = tmp_path / "run"
+    done = train(small_model, run, redirection)
+    assert done.returncode == status
+    assert json.loads((run / "results.json").read_text())["train"]["examples"] == 100
+    assert sorted(path.name for path in run.iterdir()) == ["adapter", "metrics.jsonl", "results.json"]
+    assert "Traceback" not in done.stderr
+    assert (NO_SPACE in done.stderr.splitlines()[-1]) if redirection == "> /dev/full" else (NO_SPACE not in done.stderr)
+
+
+@FULL
+@pytest.mark.slow
+def test_a_refusal_keeps_its_status_where_nobody_can_read_it(small_model, tmp_path):
+    for redirection in ("> /dev/full 2>&1", "2>&-"):
+        assert train(small_model, tmp_path / "run", redirection, "--r", "0").returncode == 2
+
+
+@FULL
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 3000])
+def test_labels_that_cannot_be_written_are_one_line_and_status_2(whole_run, tmp_path, count):
+    (tmp_path / "texts.txt").write_text("A text that is labelled.\n" * count)
+    predict = [sys.executable, "predict.py", whole_run[0], "--input", tmp_path / "texts.txt"]
+    done = shell(predict, "> /dev/full")
+    assert done.returncode == 2
+    assert done.stderr == f"predict.py: {NO_SPACE}\n"

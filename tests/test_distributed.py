@@ -1,0 +1,157 @@
+"""Several real processes that train one model: the same result as one, one that writes, and none that waits for the dead."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from torch import nn
+
+from model import DistilBertConfig, DistilBertForSequenceClassification, save_pretrained
+from training.distributed import Distributed
+
+ROOT = Path(__file__).parent.parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, tokenizer_file) -> Path:
+    """A small DistilBERT that drops nothing out, so that its arithmetic does not depend on who computes what."""
+    torch.manual_seed(0)
+    config = DistilBertConfig(
+        dim=32, n_layers=2, n_heads=2, hidden_dim=64, dropout=0.0, attention_dropout=0.0, seq_classif_dropout=0.0, num_labels=4
+    )
+    folder = tmp_path_factory.mktemp("small") / "model"
+    save_pretrained(DistilBertForSequenceClassification(config), Tokenizer.from_file(str(tokenizer_file)), folder)
+    return folder
+
+
+def arguments(model: Path, output: Path, *more: str) -> list[str]:
+    options = ["--model", str(model), "--dataset", "sample", "--output-dir", str(output), "--lora-dropout", "0"]
+    return ["train.py", *options, "--dtype", "float32", "--learning-rate", "3e-3", *more]
+
+
+def start(command: list[str], **environment: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def start_by_hand(world: int, commands: list[list[str]]) -> list[subprocess.Popen]:
+    """As on machines of their own: nobody watches over them and ends the others when one dies."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
+    return [start([sys.executable, *commands[rank]], RANK=str(rank), LOCAL_RANK="0", **meeting) for rank in range(world)]
+
+
+def wait_for_training(folder: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not ((folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").stat().st_size):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_one_two_and_four_processes_train_the_same_model_and_one_writes(model, tmp_path):
+    # 20 steps of 6 examples, the last of 2, and 5 to test on: with four processes, some have nothing to do
+    few = ["--train-limit", "116", "--batch-size", "6", "--epochs", "1", "--test-limit", "5"]
+    adapters, results, outputs = {}, {}, {}
+    for world in (1, 2, 4):
+        folder = tmp_path / str(world)
+        command = [sys.executable] if world == 1 else [*TORCHRUN, str(world)]
+        process = start([*command, *arguments(model, folder, *few)])
+        outputs[world], errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+        adapters[world] = load_file(folder / "adapter" / "adapter_model.safetensors")
+        results[world] = json.loads((folder / "results.json").read_text())
+        assert results[world]["train"]["steps"] == 20
+        assert results[world]["processes"] == world
+        assert sorted(path.name for path in folder.iterdir()) == ["adapter", "metrics.jsonl", "results.json"]
+    losses = {
+        world: [json.loads(line)["loss"] for line in (tmp_path / str(world) / "metrics.jsonl").read_text().splitlines()]
+        for world in adapters
+    }
+    moved = max(tensor.abs().max() for name, tensor in adapters[1].items() if "lora_B" in name)
+    assert moved > 0.01  # B began at zero: it was trained, far beyond the tolerance
+    for world in (2, 4):
+        for name, tensor in adapters[1].items():
+            torch.testing.assert_close(adapters[world][name], tensor, rtol=0, atol=1e-5)
+        assert losses[world] == pytest.approx(losses[1], abs=1e-5)
+        for when in ("before", "after"):
+            assert results[world][when] == results[1][when]
+            assert sum(map(sum, results[world][when]["confusion_matrix"])) == 5
+        assert outputs[world].replace(f"/{world}/", "/1/") == outputs[1]
+
+
+def test_under_torchrun_a_killed_process_ends_the_others(model, tmp_path):
+    launcher = start([*TORCHRUN, "2", *arguments(model, tmp_path / "run", "--epochs", "1000")])
+    wait_for_training(tmp_path / "run")
+    children = [int(pid) for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
+    victim = next(pid for pid in children if b"RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+    os.kill(victim, signal.SIGKILL)
+    launcher.communicate(timeout=60)
+    assert launcher.returncode != 0
+    assert not any(Path(f"/proc/{pid}").exists() for pid in children)
+
+
+def test_on_several_machines_a_killed_process_ends_the_others_with_one_line(model, tmp_path):
+    command = arguments(model, tmp_path / "run", "--epochs", "1000")
+    first, second = start_by_hand(2, [command, command])
+    wait_for_training(tmp_path / "run")
+    second.kill()
+    _, errors = first.communicate(timeout=60)
+    second.communicate()
+    assert first.returncode == 2
+    assert "train.py: another process died or does not answer" in errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_ends_the_others_within_a_minute(model, tmp_path):
+    command = arguments(model, tmp_path / "run", "--epochs", "1000")
+    first, second = start_by_hand(2, [command, command])
+    wait_for_training(tmp_path / "run")
+    second.send_signal(signal.SIGSTOP)
+    _, errors = first.communicate(timeout=60)
+    second.kill()
+    second.communicate()
+    assert first.returncode == 2
+    assert "train.py: another process died or does not answer" in errors
+
+
+def test_processes_that_were_started_differently_are_refused_by_name(model, tmp_path):
+    commands = [arguments(model, tmp_path / "run", "--seed", seed) for seed in ("1", "2")]
+    for process in start_by_hand(2, commands):
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 2
+        assert "--seed differs between processes 0 and 1" in errors
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_travels_is_the_gradients_of_what_is_trained_and_the_loss(monkeypatch):
+    sent = []
+
+    def all_reduce(tensor, group):
+        sent.append(tensor.numel())
+        tensor *= 2
+
+    monkeypatch.setattr("training.distributed.dist.all_reduce", all_reduce)
+    processes = Distributed()
+    processes.world_size = 2
+    one, idle = nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(4))
+    one.grad, loss = torch.full((2, 3), 0.5), torch.tensor(3.0)
+    processes.device = torch.device("cpu")
+    assert processes.all_reduce_gradients([one, idle], loss, signal=0) == 0
+    assert sent == [6 + 4 + 1 + 2]  # and whether a signal has reached one of the two
+    assert torch.equal(one.grad, torch.ones(2, 3))
+    assert torch.equal(idle.grad, torch.zeros(4))
+    assert loss.item() == 6.0

@@ -1,0 +1,182 @@
+"""fast.py computes what torch computes: the same numbers, and for dropout the same chances."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lora import LoraConfig, get_peft_model
+from lora.layer import LoRALinear
+from lora.variants import DoRALinear
+from model import DistilBertConfig, DistilBertForSequenceClassification
+from training import fast_cpu
+from training.device import cast_frozen_matrices
+from training.fast_cpu import Fast, attention, can_pack, dropout
+
+bfloat16 = pytest.param(torch.bfloat16, marks=pytest.mark.skipif(not can_pack(), reason="no bfloat16 products here"))
+
+
+def small_model(dropout: float, dtype: torch.dtype = torch.float32, **variant: Any) -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = DistilBertConfig(
+        vocab_size=100, dim=64, n_layers=3, n_heads=4, hidden_dim=128, dropout=dropout, attention_dropout=dropout,
+        seq_classif_dropout=dropout, num_labels=3,
+    )  # fmt: skip
+    about = {"r": 2, "lora_alpha": 16, "lora_dropout": dropout, "target_modules": ["q_lin", "v_lin"]} | variant
+    model = get_peft_model(DistilBertForSequenceClassification(config), LoraConfig(**about)).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module.bias is not None and not module.weight.requires_grad:
+            torch.nn.init.normal_(module.weight, std=0.1)  # as large as trained ones are, so that each layer counts
+            torch.nn.init.normal_(module.bias, std=0.1)
+        if isinstance(module, LoRALinear):
+            torch.nn.init.normal_(module.lora_B.weight, std=0.1)
+        if isinstance(module, DoRALinear):
+            module.lora_magnitude_vector.data *= 2
+    cast_frozen_matrices(model, dtype)
+    return model
+
+
+def logits_and_gradients(model, dtype, mode=None):
+    ids = torch.randint(1, 100, (6, 11), generator=torch.Generator().manual_seed(1))
+    mask = torch.arange(11) < torch.tensor([11, 11, 7, 5, 3, 2])[:, None]
+    model.zero_grad()
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        if mode is None:
+            logits = model(ids, mask).float()
+        else:
+            with mode:
+                logits = model(ids, mask).float()
+    F.cross_entropy(logits, torch.tensor([0, 1, 2, 0, 1, 2])).backward()
+    return logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param({}, id="lora"),
+        pytest.param({"bias": "all"}, id="biases"),
+        pytest.param({"use_dora": True, "lora_dropout": 1e-9}, id="dora"),  # with dropout, DoRA computes W0 x once more
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, bfloat16])
+def test_without_dropout_logits_and_gradients_are_those_of_the_plain_model(dtype, variant):
+    model = small_model(0.0, dtype, **variant)
+    plain, plain_gradients = logits_and_gradients(model, dtype)
+    quick, quick_gradients = logits_and_gradients(model, dtype, Fast(model))
+    # in 16 bits with DoRA a ReLU of the head flips here and there; with W0 x + b for W0 x, gradients are 0.7 off
+    tolerance = 1e-6 if dtype == torch.float32 else 0.3 if "use_dora" in variant else 0.05
+    assert plain.abs().max() > 0.03
+    torch.testing.assert_close(quick, plain, rtol=tolerance, atol=tolerance * plain.abs().max().item())
+    assert quick_gradients.keys() == plain_gradients.keys()
+    largest = max(gradient.norm() for gradient in plain_gradients.values())
+    for name, gradient in plain_gradients.items():  # that of a bias of k_lin is 0 but for rounding: softmax does not see it
+        assert (quick_gradients[name] - gradient).norm() <= tolerance * max(gradient.norm(), 0.01 * largest), name
+
+
+def test_under_autocast_dw_and_what_dora_learns_are_not_rounded_to_16_bits():
+    layer = DoRALinear(torch.randn(8, 16).bfloat16(), None, r=2, lora_alpha=16)
+    torch.nn.init.normal_(layer.lora_B.weight)
+    layer.reset_magnitude()
+    dW, x = layer.delta_weight(), torch.randn(5, 16)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert torch.equal(layer.delta_weight(), dW)
+        before = layer(x)
+        layer.lora_magnitude_vector *= 1.003  # less than one step of bfloat16 at 1
+        learnt = layer(x)
+    assert (learnt.float() / before.float()).mean().item() == pytest.approx(1.003, abs=0.001)
+
+
+@pytest.mark.skipif(not can_pack(), reason="no bfloat16 products here")
+def test_every_frozen_linear_layer_is_packed_and_no_trained_one(monkeypatch):
+    model = small_model(0.1, torch.bfloat16)
+    mode, products = Fast(model), []
+    assert len(mode.packed) == 3 * 6 + 2  # three layers of six, and the originals of the head, which nobody computes
+    monkeypatch.setattr(
+        fast_cpu, "product", lambda x, weight, bias, product=fast_cpu.product: products.append(1) or product(x, weight, bias)
+    )
+    logits_and_gradients(model, torch.bfloat16, mode)
+    # backwards: nothing of the first layer's q, k and v, whose input is not trained
+    assert len(products) == 3 * 6 + (3 * 6 - 3)
+
+
+@pytest.mark.skipif(not can_pack(), reason="no bfloat16 products here")
+def test_a_weight_that_is_replaced_after_packing_is_seen():
+    model = small_model(0.0, torch.bfloat16).eval()
+    mode = Fast(model)
+    before, _ = logits_and_gradients(model, torch.bfloat16, mode)
+    layer = [module for module in model.modules() if isinstance(module, LoRALinear)][-1]
+    torch.nn.init.normal_(layer.lora_B.weight, std=1.0)
+    with torch.no_grad():
+        layer.merge()
+    plain, _ = logits_and_gradients(model, torch.bfloat16)
+    merged, _ = logits_and_gradients(model, torch.bfloat16, mode)
+    assert (merged - plain).abs().max() < 0.1 * (merged - before).abs().max()
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_attention_without_dropout_is_that_of_torch(masked):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 3, 1, 16), torch.randn(2, 3, 9, 16), torch.randn(2, 3, 9, 16)
+    mask = (torch.arange(9) < torch.tensor([9, 4])[:, None])[:, None, None, :] if masked else None
+    torch.testing.assert_close(attention(q, k, v, mask), F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_dropout_drops_with_its_chance_each_element_by_itself(p, dtype):
+    torch.manual_seed(0)
+    n = 1 << 20
+    x = torch.ones(n, dtype=dtype)
+    kept = dropout(x, p) != 0
+    scale = dropout(x, p).max().item()
+    assert scale == pytest.approx(1 / (1 - p), rel=1e-4 if dtype == torch.float32 else 4e-3)
+    assert set(dropout(x, p).unique().tolist()) == {0.0, scale}
+
+    def within_chance(share: torch.Tensor, expected: float, count: int) -> bool:
+        return abs(share.double().mean().item() - expected) < 5 * math.sqrt(expected * (1 - expected) / count)
+
+    for lane in range(4):  # of the four elements that share a random word
+        assert within_chance(kept[lane::4], 1 - p, n // 4)
+    for distance in (1, 2, 3, 4, 768):  # two elements are kept together as often as if each were alone
+        assert within_chance(kept[:-distance] & kept[distance:], (1 - p) ** 2, n)
+    again = dropout(x, p) != 0
+    assert within_chance(kept & again, (1 - p) ** 2, n)
+
+
+def test_dropout_follows_the_seed_and_passes_the_gradient_where_it_passed_the_value():
+    x = torch.full((3, 7, 5), 2.0, requires_grad=True)  # 105 elements: no whole number of random words
+    torch.manual_seed(3)
+    y = dropout(x, 0.4)
+    torch.manual_seed(3)
+    assert torch.equal(dropout(x, 0.4), y)
+    assert not torch.equal(dropout(x, 0.4), y)
+    y.sum().backward()
+    assert torch.equal(x.grad, y.detach() / 2)
+    assert 20 < int((y == 0).sum()) < 65
+
+
+def test_dropout_of_nothing_or_in_evaluation_is_the_input_itself():
+    x = torch.randn(5)
+    assert dropout(x, 0.0) is x
+    assert dropout(x, 0.5, training=False) is x
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=[*bfloat16.marks, pytest.mark.slow])])
+def test_the_model_drops_through_it_and_averages_to_what_it_computes_without(dtype, monkeypatch):
+    model, calls = small_model(0.2, dtype), []
+    monkeypatch.setattr(
+        fast_cpu, "dropout", lambda *args, drop=fast_cpu.dropout, **kwargs: calls.append(1) or drop(*args, **kwargs)
+    )
+    mode = Fast(model)
+    torch.manual_seed(0)
+    one, other = (logits_and_gradients(model, dtype, mode)[0] for _ in range(2))
+    # per pass: embeddings, head; in each of three layers attention, the feed-forward network, and the input of two adapters
+    assert len(calls) == 2 * (2 + 3 * 4)
+    assert not torch.equal(one, other)
+    draws = torch.stack([logits_and_gradients(model, dtype, mode)[0] for _ in range(400)])
+    plain = torch.stack([logits_and_gradients(model, dtype)[0] for _ in range(400)])
+    error = (draws.var(dim=0) / 400 + plain.var(dim=0) / 400).sqrt()
+    assert ((draws.mean(dim=0) - plain.mean(dim=0)).abs() < 5 * error).all()
+    assert ((draws.std(dim=0) / plain.std(dim=0)).log().abs() < 0.25).all()
