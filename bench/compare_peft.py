@@ -121,28 +121,27 @@ class PlainLora(Side):
         self.lengths = self.texts.lengths
         model = get_peft_model(base, LoraConfig(**LORA))
         cast_frozen_matrices(model, self.dtype)
-        self.forward = ModelRunner(model, torch.device("cpu"), self.dtype)
+        self.runner = ModelRunner(model, torch.device("cpu"), self.dtype)
         return model
 
     def make_optimizer(self) -> Any:
-        from training.optimizer import AdamW
+        import torch
 
-        return AdamW([{"params": self.parameters, "lr": 1e-4}], weight_decay=0.01)
+        return torch.optim.AdamW(self.parameters, lr=1e-4, weight_decay=0.01, fused=True)
 
     def logits(self, batch: Any) -> Any:
-        return self.forward(self.texts, batch)
+        return self.runner(self.texts, batch)
 
     def labeller(self) -> Callable[[list[str]], Any]:
         import torch
 
-        from predict import label
         from training.evaluation import ModelRunner
+        from training.inference import Classifier
 
         names = [str(i) for i in range(self.num_labels)]
-        forward = ModelRunner(self.model.merge_and_unload(), torch.device("cpu"), self.dtype)
-        return lambda texts: [
-            list(answer["scores"].values()) for answer in label(forward, self.tokenizer, names, texts, self.max_length)
-        ]
+        runner = ModelRunner(self.model.merge_and_unload(), torch.device("cpu"), self.dtype)
+        classifier = Classifier(runner, self.tokenizer, names, self.max_length)
+        return lambda texts: [list(answer["scores"].values()) for answer in classifier.label(texts)]
 
 
 class Bfloat16(Side):

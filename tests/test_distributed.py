@@ -1,4 +1,4 @@
-"""Several real processes that train one model: the same result as one, one that writes, and none that waits for the dead."""
+"""Several real processes that train one model: same result as one, only one writes, none waits for a dead one."""
 
 import json
 import os
@@ -24,7 +24,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, tokenizer_file) -> Path:
-    """A small DistilBERT that drops nothing out, so that its arithmetic does not depend on who computes what."""
+    """A small DistilBERT without dropout, so that the numbers do not depend on which process computes what."""
     torch.manual_seed(0)
     config = DistilBertConfig(
         dim=32, n_layers=2, n_heads=2, hidden_dim=64, dropout=0.0, attention_dropout=0.0, seq_classif_dropout=0.0, num_labels=4
@@ -46,7 +46,7 @@ def start(command: list[str], **environment: str) -> subprocess.Popen:
 
 
 def start_by_hand(world: int, commands: list[list[str]]) -> list[subprocess.Popen]:
-    """As on machines of their own: nobody watches over them and ends the others when one dies."""
+    """As on separate machines: no launcher ends the others when one dies."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -61,7 +61,7 @@ def wait_for_training(folder: Path) -> None:
         time.sleep(0.1)
 
 
-def test_one_two_and_four_processes_train_the_same_model_and_one_writes(model, tmp_path):
+def test_one_two_and_four_processes_train_the_same_model(model, tmp_path):
     # 20 steps of 6 examples, the last of 2, and 5 to test on: with four processes, some have nothing to do
     few = ["--train-limit", "116", "--batch-size", "6", "--epochs", "1", "--test-limit", "5"]
     adapters, results, outputs = {}, {}, {}
@@ -103,7 +103,7 @@ def test_under_torchrun_a_killed_process_ends_the_others(model, tmp_path):
     assert not any(Path(f"/proc/{pid}").exists() for pid in children)
 
 
-def test_on_several_machines_a_killed_process_ends_the_others_with_one_line(model, tmp_path):
+def test_without_torchrun_a_killed_process_ends_the_others(model, tmp_path):
     command = arguments(model, tmp_path / "run", "--epochs", "1000")
     first, second = start_by_hand(2, [command, command])
     wait_for_training(tmp_path / "run")
@@ -128,7 +128,7 @@ def test_a_process_that_hangs_ends_the_others_within_a_minute(model, tmp_path):
     assert "train.py: another process died or does not answer" in errors
 
 
-def test_processes_that_were_started_differently_are_refused_by_name(model, tmp_path):
+def test_processes_with_different_options_are_refused(model, tmp_path):
     commands = [arguments(model, tmp_path / "run", "--seed", seed) for seed in ("1", "2")]
     for process in start_by_hand(2, commands):
         _, errors = process.communicate(timeout=60)
@@ -137,7 +137,7 @@ def test_processes_that_were_started_differently_are_refused_by_name(model, tmp_
     assert not (tmp_path / "run").exists()
 
 
-def test_what_travels_is_the_gradients_of_what_is_trained_and_the_loss(monkeypatch):
+def test_only_gradients_loss_and_signals_travel(monkeypatch):
     sent = []
 
     def all_reduce(tensor, group):

@@ -1,4 +1,4 @@
-"""fast.py computes what torch computes: the same numbers, and for dropout the same chances."""
+"""fast_cpu.py computes what torch computes: the same numbers, and for dropout the same chances."""
 
 import math
 from typing import Any
@@ -24,8 +24,8 @@ def small_model(dropout: float, dtype: torch.dtype = torch.float32, **variant: A
         vocab_size=100, dim=64, n_layers=3, n_heads=4, hidden_dim=128, dropout=dropout, attention_dropout=dropout,
         seq_classif_dropout=dropout, num_labels=3,
     )  # fmt: skip
-    about = {"r": 2, "lora_alpha": 16, "lora_dropout": dropout, "target_modules": ["q_lin", "v_lin"]} | variant
-    model = get_peft_model(DistilBertForSequenceClassification(config), LoraConfig(**about)).train()
+    options = {"r": 2, "lora_alpha": 16, "lora_dropout": dropout, "target_modules": ["q_lin", "v_lin"]} | variant
+    model = get_peft_model(DistilBertForSequenceClassification(config), LoraConfig(**options)).train()
     for module in model.modules():
         if isinstance(module, torch.nn.Linear) and module.bias is not None and not module.weight.requires_grad:
             torch.nn.init.normal_(module.weight, std=0.1)  # as large as trained ones are, so that each layer counts
@@ -61,7 +61,7 @@ def logits_and_gradients(model, dtype, mode=None):
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, bfloat16])
-def test_without_dropout_logits_and_gradients_are_those_of_the_plain_model(dtype, variant):
+def test_without_dropout_logits_and_gradients_are_equal(dtype, variant):
     model = small_model(0.0, dtype, **variant)
     plain, plain_gradients = logits_and_gradients(model, dtype)
     quick, quick_gradients = logits_and_gradients(model, dtype, Fast(model))
@@ -75,7 +75,7 @@ def test_without_dropout_logits_and_gradients_are_those_of_the_plain_model(dtype
         assert (quick_gradients[name] - gradient).norm() <= tolerance * max(gradient.norm(), 0.01 * largest), name
 
 
-def test_under_autocast_dw_and_what_dora_learns_are_not_rounded_to_16_bits():
+def test_autocast_does_not_round_dW_or_the_magnitude():
     layer = DoRALinear(torch.randn(8, 16).bfloat16(), None, r=2, lora_alpha=16)
     torch.nn.init.normal_(layer.lora_B.weight)
     layer.reset_magnitude()
@@ -89,7 +89,7 @@ def test_under_autocast_dw_and_what_dora_learns_are_not_rounded_to_16_bits():
 
 
 @pytest.mark.skipif(not can_pack(), reason="no bfloat16 products here")
-def test_every_frozen_linear_layer_is_packed_and_no_trained_one(monkeypatch):
+def test_exactly_the_frozen_linear_layers_are_packed(monkeypatch):
     model = small_model(0.1, torch.bfloat16)
     mode, products = Fast(model), []
     assert len(mode.packed) == 3 * 6 + 2  # three layers of six, and the originals of the head, which nobody computes
@@ -102,7 +102,7 @@ def test_every_frozen_linear_layer_is_packed_and_no_trained_one(monkeypatch):
 
 
 @pytest.mark.skipif(not can_pack(), reason="no bfloat16 products here")
-def test_a_weight_that_is_replaced_after_packing_is_seen():
+def test_a_weight_replaced_after_packing_is_used():
     model = small_model(0.0, torch.bfloat16).eval()
     mode = Fast(model)
     before, _ = logits_and_gradients(model, torch.bfloat16, mode)
@@ -116,7 +116,7 @@ def test_a_weight_that_is_replaced_after_packing_is_seen():
 
 
 @pytest.mark.parametrize("masked", [True, False])
-def test_attention_without_dropout_is_that_of_torch(masked):
+def test_attention_without_dropout_equals_torch(masked):
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 3, 1, 16), torch.randn(2, 3, 9, 16), torch.randn(2, 3, 9, 16)
     mask = (torch.arange(9) < torch.tensor([9, 4])[:, None])[:, None, None, :] if masked else None
@@ -125,7 +125,7 @@ def test_attention_without_dropout_is_that_of_torch(masked):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_dropout_drops_with_its_chance_each_element_by_itself(p, dtype):
+def test_dropout_drops_each_element_independently(p, dtype):
     torch.manual_seed(0)
     n = 1 << 20
     x = torch.ones(n, dtype=dtype)
@@ -145,7 +145,7 @@ def test_dropout_drops_with_its_chance_each_element_by_itself(p, dtype):
     assert within_chance(kept & again, (1 - p) ** 2, n)
 
 
-def test_dropout_follows_the_seed_and_passes_the_gradient_where_it_passed_the_value():
+def test_dropout_follows_the_seed_and_masks_the_gradient():
     x = torch.full((3, 7, 5), 2.0, requires_grad=True)  # 105 elements: no whole number of random words
     torch.manual_seed(3)
     y = dropout(x, 0.4)
@@ -157,14 +157,14 @@ def test_dropout_follows_the_seed_and_passes_the_gradient_where_it_passed_the_va
     assert 20 < int((y == 0).sum()) < 65
 
 
-def test_dropout_of_nothing_or_in_evaluation_is_the_input_itself():
+def test_dropout_of_zero_or_in_evaluation_returns_its_input():
     x = torch.randn(5)
     assert dropout(x, 0.0) is x
     assert dropout(x, 0.5, training=False) is x
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=[*bfloat16.marks, pytest.mark.slow])])
-def test_the_model_drops_through_it_and_averages_to_what_it_computes_without(dtype, monkeypatch):
+def test_the_model_drops_out_as_torch_does(dtype, monkeypatch):
     model, calls = small_model(0.2, dtype), []
     monkeypatch.setattr(
         fast_cpu, "dropout", lambda *args, drop=fast_cpu.dropout, **kwargs: calls.append(1) or drop(*args, **kwargs)

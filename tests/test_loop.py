@@ -1,4 +1,4 @@
-"""The training loop of train.py against one in a dozen lines, which computes whole batches and knows of nothing else."""
+"""The training loop of train.py against a plain one of a dozen lines that computes whole batches."""
 
 import numpy as np
 import pytest
@@ -12,8 +12,8 @@ from model import DistilBertConfig, DistilBertForSequenceClassification
 from train import train
 from training.checkpoint import Checkpoints, Signals
 from training.distributed import Distributed
-from training.evaluation import ModelRunner
-from training.optimizer import parameter_groups, schedule
+from training.evaluation import Examples, ModelRunner
+from training.optimizer import lr_multiplier, parameter_groups
 from training.options import Options
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -26,7 +26,7 @@ STEPS = 8  # of batches of 8, 8, 8 and 4, twice
 
 
 def new_model() -> PeftModel:
-    """It drops nothing out, so that its arithmetic does not depend on what is computed together."""
+    """Without dropout, so that the numbers do not depend on how a batch is cut."""
     torch.manual_seed(0)
     none = {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0}
     shape = {"vocab_size": 99, "max_position_embeddings": 12, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64}
@@ -41,7 +41,7 @@ def plain_loop(model: PeftModel) -> None:
         for batch in training_batches(LENGTHS, OPTIONS.batch_size, OPTIONS.seed, epoch):
             step += 1
             for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * schedule(step, STEPS, OPTIONS.warmup)
+                group["lr"] = group["initial_lr"] * lr_multiplier(step, STEPS, OPTIONS.warmup)
             optimizer.zero_grad()
             F.cross_entropy(model(*pad(TEXTS, batch)), torch.from_numpy(LABELS[batch])).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
@@ -49,14 +49,13 @@ def plain_loop(model: PeftModel) -> None:
 
 
 @pytest.mark.parametrize("tokens", [10, 30, 10_000], ids=["a text at a time", "in parts", "whole batches"])
-def test_however_a_batch_is_cut_into_parts_the_steps_are_those_of_a_plain_loop(tokens, tmp_path):
+def test_micro_batches_train_as_a_plain_loop_does(tokens, tmp_path):
     plain, model = new_model(), new_model()
     plain_loop(plain)
-    forward = ModelRunner(model, torch.device("cpu"), torch.float32)
-    forward.tokens = tokens
-    measured = train(
-        forward, TEXTS, LABELS, OPTIONS, Distributed(), Signals(tmp_path), Checkpoints(tmp_path, None, {}, write=False), None
-    )
+    runner = ModelRunner(model, torch.device("cpu"), torch.float32)
+    runner.tokens = tokens
+    checkpoints = Checkpoints(tmp_path, None, {}, write=False)
+    measured = train(runner, Examples(TEXTS, LABELS), OPTIONS, Distributed(), checkpoints, Signals(tmp_path))
     assert measured["steps"] == STEPS
     fresh = adapter_tensors(new_model().base_model)
     expected = adapter_tensors(plain.base_model)

@@ -20,7 +20,7 @@ from data import load_dataset, read_texts
 from model import DistilBertConfig, DistilBertForSequenceClassification, load_pretrained, save_pretrained
 from training import inference
 from training.evaluation import confusion_matrix
-from training.inference import label, load_classifier
+from training.inference import load_classifier
 
 ROOT = Path(__file__).parent.parent
 NAMES = ["World", "Sports", "Business", "Sci/Tech"]
@@ -90,16 +90,16 @@ def test_every_kind_of_input_gives_a_line_a_text_in_its_order_whatever_the_text(
 
 def test_no_more_texts_are_taken_than_fit_in_a_chunk_before_the_first_is_answered(whole_run, monkeypatch):
     monkeypatch.setattr(inference, "CHUNK", 4)
-    forward, tokenizer, names = load_classifier(whole_run[0], None, "cpu", 256)
+    classifier = load_classifier(whole_run[0], device="cpu", max_length=32)
     taken = []
-    answers = label(forward, tokenizer, names, (taken.append(i) or f"text {i}" for i in range(100)), 32)
+    answers = classifier.label(taken.append(i) or f"text {i}" for i in range(100))
     assert next(answers)["text"] == "text 0"
     assert taken == [0, 1, 2, 3]
 
 
 def test_json_on_demand_and_texts_beside_a_file_refused(whole_run, capsys, tmp_path):
     assert labelled(capsys, whole_run[0], "--json", "Goal!")[0]["text"] == "Goal!"
-    assert "contradict" in refused(capsys, whole_run[0], "Goal!", "--input", tmp_path)
+    assert "both texts and --input" in refused(capsys, whole_run[0], "Goal!", "--input", tmp_path)
 
 
 def test_an_adapter_written_by_peft_is_taken_with_the_base_that_it_or_the_user_names(tmp_path, tokenizer_file, capsys):
@@ -124,7 +124,7 @@ def test_an_adapter_written_by_peft_is_taken_with_the_base_that_it_or_the_user_n
 
     path = tmp_path / "adapter" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": None}))
-    assert "name it with --model" in refused(capsys, tmp_path / "adapter", "A text.")
+    assert "Pass it with --model" in refused(capsys, tmp_path / "adapter", "A text.")
     assert labelled(capsys, tmp_path / "adapter", "--json", "A text.", "--model", base)[0] == answer
     assert "another base model" in refused(capsys, tmp_path / "adapter", "A text.", "--model", "minilm")
 

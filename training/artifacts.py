@@ -1,4 +1,4 @@
-"""What a run leaves in its folder: metrics as it goes; in the end an adapter or a model, with its card, and results.json."""
+"""What a run leaves in its folder: metrics while it trains; at the end an adapter or a model, its card, and results.json."""
 
 import dataclasses
 import json
@@ -9,7 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -19,9 +18,8 @@ from data import evaluation_batches
 from lora import PeftModel, count_parameters
 from model import DistilBertForSequenceClassification, load_pretrained, save_pretrained
 from training.checkpoint import FOLDER as CHECKPOINTS
-from training.device import cast_frozen_matrices, peak_memory_mb
-from training.distributed import Distributed
-from training.evaluation import ModelRunner, scores
+from training.device import cast_frozen_matrices
+from training.evaluation import ModelRunner
 from training.loading import Inputs
 from training.model_card import model_card
 from training.options import Options
@@ -41,27 +39,25 @@ def check_outputs(run: Path, options: Options, new: bool) -> None:
         merged_dir, run_dir = Path(options.merged_output).resolve(), run.resolve()
         refuse_to_overwrite(merged_dir)
         if merged_dir in [run_dir, *run_dir.parents] or merged_dir in [run_dir / name for name in FILES]:
-            raise UserError(f"--merged-output {options.merged_output} is in the way of {run}: name another folder")
+            raise UserError(f"--merged-output {options.merged_output} would overwrite the run in {run}. Choose another folder")
         refuse_if_unwritable(merged_dir)
 
 
 class Metrics:
-    """metrics.jsonl, a line at a time, and the same for TensorBoard if that is wanted; `step` were taken before.
+    """Writes metrics.jsonl, one line at a time, and the same to TensorBoard if asked, from after `step` on.
 
-    Raises UserError if TensorBoard is wanted and not installed.
+    Raises UserError if TensorBoard is asked for and not installed.
     """
 
     def __init__(self, run: Path, step: int, tensorboard: bool):
-        self.path, self.events = run / "metrics.jsonl", None
-        if tensorboard:
-            self.events = summary_writer()(str(run / EVENTS), purge_step=step + 1)
+        self.path = run / "metrics.jsonl"
+        self.events = summary_writer()(str(run / EVENTS), purge_step=step + 1) if tensorboard else None
 
-    def write(self, line: dict[str, Any]) -> None:
-        append_line(self.path, json.dumps(line))
+    def write(self, step: int, **values: float) -> None:
+        append_line(self.path, json.dumps({"step": step, **values}))
         if self.events is not None:
-            for name, value in line.items():
-                if name != "step":
-                    self.events.add_scalar(name, value, line["step"])
+            for name, value in values.items():
+                self.events.add_scalar(name, value, step)
             self.events.flush()
 
 
@@ -69,21 +65,13 @@ def summary_writer() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise UserError("--tensorboard needs a package that is not installed: pip install -e '.[tensorboard]'") from error
+        raise UserError("--tensorboard needs another package. Install it: pip install -e '.[tensorboard]'") from error
     return SummaryWriter
 
 
-def summary(
-    options: Options,
-    inputs: Inputs,
-    forward: ModelRunner,
-    processes: Distributed,
-    before: np.ndarray,
-    after: np.ndarray,
-    measured: dict[str, Any],
-) -> dict[str, Any]:
-    """What results.json says; `before` and `after` are confusion matrices."""
-    trainable, total = count_parameters(forward.model)
+def summary(options: Options, inputs: Inputs, runner: ModelRunner) -> dict[str, Any]:
+    """The part of results.json that says what was run."""
+    trainable, total = count_parameters(runner.model)
     return {
         "model": inputs.model,
         "dataset": inputs.dataset,
@@ -92,59 +80,54 @@ def summary(
         "sha256": inputs.sha256,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         "seed": options.seed,
-        "device": forward.device.type,
-        "dtype": str(forward.dtype).removeprefix("torch."),
-        "processes": processes.world_size,
+        "device": runner.device.type,
+        "dtype": str(runner.dtype).removeprefix("torch."),
         "options": dataclasses.asdict(options),
         "parameters": {"trainable": trainable, "all": total, "percent": round(100 * trainable / total, 4)},
-        "before": scores(before, inputs.label_names),
-        "after": scores(after, inputs.label_names),
-        "train": measured | {"peak_memory_mb": peak_memory_mb(forward.device)},
     }
 
 
-def save_run(run: Path, results: dict[str, Any], forward: ModelRunner, inputs: Inputs, options: Options) -> None:
-    """Keep what was trained; results.json is written last, and says that the run has ended."""
-    folder, difference = save_trained(run, results, forward, inputs)
+def save_run(run: Path, results: dict[str, Any], runner: ModelRunner, inputs: Inputs, options: Options) -> None:
+    """Save what was trained. results.json is written last: it marks the run as ended."""
+    folder, difference = save_trained(run, results, runner, inputs)
     if options.merged_output is not None:
-        merged = inputs.load_base()  # in float32, of which a merge costs no more than rounding
+        merged = inputs.load_base()  # in float32, so that merging rounds as little as possible
         PeftModel.from_pretrained(merged, folder).merge_and_unload()
         save_pretrained(merged, inputs.tokenizer, options.merged_output, inputs.label_names)
     write_file(run / "results.json", json.dumps(results, indent=2).encode() + b"\n")
     shutil.rmtree(run / CHECKPOINTS, ignore_errors=True)
-    equal = "equal logits" if difference == 0 else f"logits equal to {difference:.0e}"
-    print(f"saved {run}/results.json, metrics.jsonl and {folder.name} (loaded again: {equal})")
+    equal = "equal logits" if difference == 0 else f"logits equal to within {difference:.0e}"
+    print(f"saved {run}/results.json, metrics.jsonl and {folder.name} (reloaded: {equal})")
     if options.merged_output is not None:
         print(f"saved {options.merged_output}, the merged model")
     if inputs.notice:
         print(inputs.notice)
 
 
-def save_trained(run: Path, results: dict[str, Any], forward: ModelRunner, inputs: Inputs) -> tuple[Path, float]:
-    """Write what was trained, RUN/adapter or, if everything was, RUN/model, with its card, and load it again.
+def save_trained(run: Path, results: dict[str, Any], runner: ModelRunner, inputs: Inputs) -> tuple[Path, float]:
+    """Write RUN/adapter, or RUN/model if every weight was trained, with its card. Then load it and compare the logits.
 
-    Returns the folder, and by how much logits differ then.
+    Returns the folder, and the largest difference of a logit.
     """
-    model = typing.cast(DistilBertForSequenceClassification | PeftModel, forward.model)
+    model = typing.cast(DistilBertForSequenceClassification | PeftModel, runner.model)
     folder = run / ("adapter" if isinstance(model, PeftModel) else "model")
     with new_folder(folder) as new:
         if isinstance(model, PeftModel):
             model.save_pretrained(new)
             (new / "tokenizer.json").write_text(inputs.tokenizer.to_str(pretty=True), encoding="utf-8")
             (new / "label_names.json").write_text(json.dumps(inputs.label_names) + "\n", encoding="utf-8")
-            # trainable, so that A and B stay float32, as those of `model` are
-            again: nn.Module = PeftModel.from_pretrained(inputs.load_base(), new, is_trainable=True)
+            # trainable, so that A and B stay float32 as in `model`
+            reloaded: nn.Module = PeftModel.from_pretrained(inputs.load_base(), new, is_trainable=True)
         else:
             save_pretrained(model, inputs.tokenizer, new, inputs.label_names)
-            again = load_pretrained(str(new), len(inputs.label_names))[0]
+            reloaded = load_pretrained(str(new), len(inputs.label_names))[0]
         (new / "README.md").write_text(model_card(results), encoding="utf-8")
-        cast_frozen_matrices(again.to(forward.device), forward.dtype)
-        longest = evaluation_batches(inputs.test_texts.lengths, forward.tokens)[-1]
+        cast_frozen_matrices(reloaded.to(runner.device), runner.dtype)
+        longest = evaluation_batches(inputs.test.texts.lengths, runner.tokens)[-1]
         with torch.inference_mode():
-            logits = forward(inputs.test_texts, longest)
-            difference = (
-                (ModelRunner(again, forward.device, forward.dtype)(inputs.test_texts, longest) - logits).abs().max().item()
-            )
-        if difference > 0.01 * logits.abs().max():  # of equal weights, some processors compute sums in another order
-            raise AssertionError(f"{folder}, loaded again, gives logits that differ by {difference}")
+            logits = runner(inputs.test.texts, longest)
+            again = ModelRunner(reloaded, runner.device, runner.dtype)(inputs.test.texts, longest)
+        difference = (again - logits).abs().max().item()
+        if difference > 0.01 * logits.abs().max():  # not 0: some processors add up in another order each time
+            raise AssertionError(f"{folder}: after reloading, the logits differ by {difference}")
     return folder, difference

@@ -1,9 +1,9 @@
-"""Checkpoints: a run that was stopped, by whatever, goes on from one and ends as if nothing had happened.
+"""Checkpoints: a stopped run continues from its newest one and ends as if it had never stopped, bit for bit.
 
-A checkpoint is one safetensors file, RUN/checkpoints/step-00000120.safetensors: what is trained, AdamW's state, and in its
-header, as JSON, everything else: the step, the options, the result before training, and by what to know data and model again.
-No random state is in it, for there is none to keep: the order of the examples is a function of (seed, epoch), and a step's
-dropout of (seed, step, process).
+A checkpoint is one safetensors file, RUN/checkpoints/step-00000120.safetensors. It holds the trained parameters and AdamW's
+state. Its header holds the rest as JSON: the step, the options, the scores before training, and the sha256 of model and data.
+It holds no random state, because there is none: the order of the examples is a function of (seed, epoch), and the dropout of
+a step is a function of (seed, step, process).
 """
 
 import contextlib
@@ -27,7 +27,6 @@ from torch import Tensor, nn
 
 from common.errors import Stopped, UserError
 from common.files import read_metadata, read_safetensors, write_file
-from training.optimizer import AdamW
 from training.options import Options, flag
 
 try:
@@ -37,9 +36,9 @@ except ImportError:  # Windows
 
 FOLDER = "checkpoints"
 KEEP = 2
-INTERVAL = 30.0  # seconds between two checkpoints, unless --checkpoint-every says how many steps,
-SHARE = 0.01  # or longer, so that they take no more than this share of the time
-# from one part of a run to the next: its result stays the same
+INTERVAL = 30.0  # seconds between two checkpoints without --checkpoint-every ...
+SHARE = 0.01  # ... or longer, so that they take at most this share of the run time
+# options that do not affect the result, so that they may differ after a resume
 MAY_CHANGE = ("resume", "checkpoint_every", "merged_output", "tensorboard", "quiet")
 
 
@@ -47,12 +46,12 @@ MAY_CHANGE = ("resume", "checkpoint_every", "merged_output", "tensorboard", "qui
 class Checkpoint:
     path: Path
     tensors: dict[str, Tensor]
-    step: int  # how many were taken
-    seconds: float  # that they took
-    losses: list[float]  # of the steps that no line of metrics has told yet
+    step: int  # number of steps taken
+    seconds: float  # of training so far
+    losses: list[float]  # of the steps since the last line of metrics
     options: dict[str, Any]
-    model: str  # the names of what was loaded, whoever chose it
-    commit: str | None  # of the hub
+    model: str
+    commit: str | None  # of the model, if it comes from the hub
     dataset: str
     notice: str
     processes: int
@@ -64,40 +63,47 @@ class Checkpoint:
         return self.path.parent.parent
 
     def resume_options(self, typed: dict[str, Any]) -> Options:
-        """The run's options. Raises UserError if one that was typed contradicts them."""
+        """The run's options. Raises UserError if a typed option contradicts them."""
         for name, value in typed.items():
-            if name not in MAY_CHANGE and value != (own := self.options.get(name)):
+            if name not in MAY_CHANGE and value != self.options.get(name):
                 raise UserError(
-                    f"{flag(name)} is {value}, and {own} in the run in {self.run}: leave it out, or start a new run"
+                    f"{flag(name)} is {value}, but the run in {self.run} began with {self.options.get(name)}. "
+                    "Leave the option out, or start a new run"
                 )
         return Options(**self.options | typed)
 
     def refuse_changes(self, processes: int, fingerprint: dict[str, Any]) -> None:
-        """Raises UserError if the run would not go on as what it was."""
+        """Raises UserError if the resumed run would not equal the run that was stopped."""
         if processes != self.processes:
-            raise UserError(f"the run in {self.run} was one of {self.processes} processes: start as many, not {processes}")
-        for what, value in json.loads(json.dumps(fingerprint)).items():
-            if value != self.fingerprint.get(what):
-                raise UserError(f"{what} is not what it was when the run in {self.run} began: start a new run")
+            raise UserError(f"number of processes: {self.processes} in {self.run}, {processes} now. Start as many as before")
+        for key, value in json.loads(json.dumps(fingerprint)).items():
+            if value != self.fingerprint.get(key):
+                raise UserError(f"{key} has changed since the run in {self.run} began. Start a new run")
 
-    def restore(self, model: nn.Module, optimizer: AdamW) -> None:
-        """Put the tensors back where `tensors_of` found them."""
-        places = tensors_of(model, optimizer)
-        if {key: place.shape for key, place in places.items()} != {key: own.shape for key, own in self.tensors.items()}:
-            raise UserError(f"{self.path} holds other tensors than this run trains: start a new run")
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Put the trained parameters and the optimizer's state back. Raises UserError if the parameters are not these."""
+        parameters = trained_parameters(model)
+        own = {key: tensor for key, tensor in self.tensors.items() if "/" not in key}
+        if {name: p.shape for name, p in parameters.items()} != {name: tensor.shape for name, tensor in own.items()}:
+            raise UserError(f"{self.path} holds other parameters than this run trains. Start a new run")
         with torch.no_grad():
-            for key, place in places.items():
-                place.copy_(self.tensors[key])
+            for name, parameter in parameters.items():
+                parameter.copy_(own[name])
+        for key in self.tensors.keys() - own.keys():
+            name, _, kind = key.rpartition("/")
+            optimizer.state[parameters[name]][kind] = self.tensors[key].to(parameters[name].device, copy=True)
 
 
 class Checkpoints:
-    """Those of one run, KEEP of them at a time. Each says `about` of the run; only one process is to write any.
+    """The newest KEEP checkpoints of one run. `provenance` goes into each. Only the process with `write` writes.
 
-    From `clean` on, the run's folder is locked for as long as this object, or the process, lives.
+    `begin` locks the run's folder for as long as this object, or the process, lives.
     """
 
-    def __init__(self, run: Path, every: int | None, about: dict[str, Any], write: bool):
-        self.run, self.every, self.about, self.write = run, every, about, write
+    def __init__(
+        self, run: Path, every: int | None, provenance: dict[str, Any], write: bool, resume_from: Checkpoint | None = None
+    ):
+        self.run, self.every, self.provenance, self.write, self.resume_from = run, every, provenance, write, resume_from
         self.cost, self.last = 0.0, time.monotonic()
 
     def due(self, step: int) -> bool:
@@ -105,13 +111,13 @@ class Checkpoints:
             return step % self.every == 0
         return time.monotonic() - self.last > max(INTERVAL, self.cost / SHARE)
 
-    def save(self, step: int, model: nn.Module, optimizer: AdamW, seconds: float, losses: list[float]) -> None:
-        """Write one, whole or not at all, and then remove the oldest. Raises UserError if it cannot be written."""
+    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, seconds: float, losses: list[float]) -> None:
+        """Write a checkpoint, whole or not at all, then remove the oldest. Raises UserError if it cannot be written."""
         if not self.write:
             return
         start = time.monotonic()
-        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors_of(model, optimizer).items()}
-        state = json.dumps({"step": step, "seconds": seconds, "losses": losses, **self.about})
+        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state_tensors(model, optimizer).items()}
+        state = json.dumps({"step": step, "seconds": seconds, "losses": losses, **self.provenance})
         content = safetensors.torch.save(tensors, metadata={"state": state, "sha256": sha256(state, tensors)})
         write_file(self.run / FOLDER / f"step-{step:08}.safetensors", content)
         for old in newest_first(self.run)[KEEP:]:
@@ -120,69 +126,81 @@ class Checkpoints:
         self.last = time.monotonic()
         self.cost = self.last - start
 
-    def clean(self, step: int) -> None:
-        """Begin the run, or undo what it did after `step`: lines of metrics, the last perhaps cut short, and files.
+    def begin(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, float, list[float]]:
+        """Start the run, or restore it. Returns its steps so far, their seconds, and the losses not yet in the metrics.
 
-        Raises UserError if another process is at work on the run, or what is to be undone cannot be.
+        Raises UserError if another process uses the folder, or if what the run did after the checkpoint cannot be undone.
         """
+        if self.resume_from is None:
+            self.clean(0)
+            self.save(0, model, optimizer, 0.0, [])
+            return 0, 0.0, []
+        self.resume_from.restore(model, optimizer)
+        self.clean(self.resume_from.step)
+        return self.resume_from.step, self.resume_from.seconds, list(self.resume_from.losses)
+
+    def clean(self, step: int) -> None:
+        """Lock the run's folder, and remove what the run wrote after `step`: lines of metrics, checkpoints and results."""
         if not self.write:
             return
         self.lock()
         if (self.run / "results.json").exists():
-            raise UserError(f"another run has ended in {self.run} meanwhile: name another folder")
+            raise UserError(f"another run has ended in {self.run} since this one began. Choose another folder")
+        later = [path for path in newest_first(self.run) if path.stem > f"step-{step:08}"]
         metrics = self.run / "metrics.jsonl"
-        later = [path for path in newest_first(self.run) if path.stem > f"step-{step:08}"]  # damaged, or not gone on from
         try:
-            ended = [path for name in ("adapter", "model") for path in (*self.run.glob(f".{name}.*"), self.run / name)]
-            for half in [*self.run.rglob(".*.partial"), *ended, *later]:
-                shutil.rmtree(half) if half.is_dir() else half.unlink(missing_ok=True)
+            results = [path for name in ("adapter", "model") for path in (*self.run.glob(f".{name}.*"), self.run / name)]
+            for path in [*self.run.rglob(".*.partial"), *results, *later]:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             lines = metrics.read_bytes().splitlines(keepends=True) if metrics.exists() else []
         except OSError as error:
-            raise UserError(f"{error.filename} is in the way of the run, and cannot be removed: {error.strerror}") from error
+            raise UserError(f"{error.filename} cannot be removed ({error.strerror}). Move it out of the run folder") from error
         kept = []
         for number, line in enumerate(lines, 1):
             try:
-                kept += [line] if line.endswith(b"\n") and json.loads(line)["step"] <= step else []
+                kept += [line] if line.endswith(b"\n") and json.loads(line)["step"] <= step else []  # the last may be cut short
             except (ValueError, TypeError, KeyError) as error:
-                raise UserError(f"{metrics}, line {number}: damaged; remove the line, and go on") from error
+                raise UserError(f"{metrics}, line {number}: not a line of metrics. Remove the line, then resume") from error
         write_file(metrics, b"".join(kept))
 
     def lock(self) -> None:
         if fcntl is None:
             return
-        with contextlib.suppress(OSError):  # some network's files know no locks
+        with contextlib.suppress(OSError):  # some network file systems have no locks
             handle = os.open(self.run, os.O_RDONLY)
             weakref.finalize(self, os.close, handle)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise UserError(f"another process is at work on the run in {self.run}: let it end, or end it") from error
+                raise UserError(f"another process uses the run folder {self.run}. Wait for it, or end it") from error
 
 
-def tensors_of(model: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
-    """Everything that a step changes, by the name of its parameter."""
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    state = {
-        f"{name}/{kind}": tensor for name, parameter in trained.items() for kind, tensor in optimizer.state[parameter].items()
-    }
-    return {**trained, **state}
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """All that a step changes: each trained parameter under its name, and the optimizer's state under NAME/exp_avg etc."""
+    parameters = trained_parameters(model)
+    state = {f"{name}/{kind}": tensor for name, p in parameters.items() for kind, tensor in optimizer.state[p].items()}
+    return {**parameters, **state}
 
 
 def read_newest(run: Path) -> Checkpoint:
-    """The newest checkpoint of a run that is whole; one that is damaged is named and passed over.
+    """The newest undamaged checkpoint of a run. Damaged ones are named and skipped.
 
-    Raises UserError if the run has ended, or has no checkpoint that is whole.
+    Raises UserError if the run has ended, or has no undamaged checkpoint.
     """
     if (run / "results.json").exists():
-        raise UserError(f"the run in {run} has ended: its results.json is there")
+        raise UserError(f"the run in {run} has ended: results.json exists. There is nothing to resume")
     if not (paths := newest_first(run)):
-        raise UserError(f"{run} holds no checkpoint to go on from: start the run again")
+        raise UserError(f"{run} has no checkpoint to resume from. Start the run again")
     for path in paths:
         try:
             return _read(path)
         except UserError as error:
-            print(f"{error}: passed over")
-    raise UserError(f"no checkpoint in {run / FOLDER} is whole: start the run again")
+            print(f"skipped: {error}")
+    raise UserError(f"no checkpoint in {run / FOLDER} can be used. Start the run again")
 
 
 def newest_first(run: Path) -> list[Path]:
@@ -195,38 +213,36 @@ def _read(path: Path) -> Checkpoint:
     if sha256(state, tensors) != metadata.get("sha256"):
         raise UserError(f"{path} is damaged (its sha256 differs)")
     try:
-        saved = Checkpoint(path, tensors, **json.loads(state))
-        Options(**saved.options)
-        return saved
+        checkpoint = Checkpoint(path, tensors, **json.loads(state))
+        Options(**checkpoint.options)
+        return checkpoint
     except (TypeError, ValueError) as error:
-        raise UserError(f"{path} was written by another version of this program") from error
+        raise UserError(f"{path} comes from another version of this program") from error
 
 
 def sha256(state: str, tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256(state.encode())
     for key, tensor in sorted(tensors.items()):
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)  # NumPy has no bfloat16
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)  # as bytes, because NumPy has no bfloat16
     return digest.hexdigest()
 
 
 def fingerprint(options: Options, dtype: torch.dtype, model: str, data: str) -> dict[str, Any]:
-    """What must be equal in all processes, and when a run goes on: the options, and what tells models and data apart."""
-    given = dataclasses.asdict(options) | {"dtype": str(dtype)}
-    return {flag(name): value for name, value in given.items() if name not in (*MAY_CHANGE, "output_dir")} | {
-        "the model": model,
-        "the data": data,
-    }
+    """What must be equal in all processes, and before and after a resume: options, model and data."""
+    values = dataclasses.asdict(options) | {"dtype": str(dtype)}
+    compared = {flag(name): value for name, value in values.items() if name not in (*MAY_CHANGE, "output_dir")}
+    return compared | {"the model": model, "the data": data}
 
 
 class Signals:
-    """SIGINT (Ctrl-C) and SIGTERM within `with Signals(run) as signals:` raise Stopped, which says how to go on.
+    """Within `with Signals(run) as signals:`, SIGINT (Ctrl-C) and SIGTERM raise Stopped, which says how to resume.
 
-    Within `with signals.after_step():` the first only sets `received`, so that the step can be finished.
+    Within `with signals.delayed():`, the first signal only sets `received`, so that the step can be finished.
     """
 
     def __init__(self, run: Path):
-        self.run, self.received, self.patient = run, 0, False
+        self.run, self.received, self.delay = run, 0, False
 
     def __enter__(self) -> "Signals":
         self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -237,20 +253,20 @@ class Signals:
             signal.signal(number, handler)
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        if not self.patient or self.received:
+        if not self.delay or self.received:
             self.stop(number)
         self.received = number
 
     @contextlib.contextmanager
-    def after_step(self) -> Iterator[None]:
-        self.patient = True
+    def delayed(self) -> Iterator[None]:
+        self.delay = True
         try:
             yield
         finally:
-            self.patient = False
-        if self.received:  # when the last step was over
+            self.delay = False
+        if self.received:  # after the last step
             self.stop(self.received)
 
     def stop(self, number: int) -> None:
-        resume = f"; to go on: --resume {self.run}" if newest_first(self.run) else ""
+        resume = f". To continue: --resume {self.run}" if newest_first(self.run) else ""
         raise Stopped(f"stopped by {signal.Signals(number).name}{resume}", number)

@@ -1,4 +1,4 @@
-"""What this machine can do, and what a run takes from it."""
+"""The device, the arithmetic, and how much memory was used."""
 
 import os
 import sys
@@ -10,26 +10,26 @@ from common.errors import UserError
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name, or the best there is; under torchrun each process has a GPU of its own.
+    """The device with that name; "auto" is the best available. Under torchrun each process gets a GPU of its own.
 
-    Raises UserError if this machine has none.
+    Raises UserError if this machine has no such device.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        name = next(device for device, there in available.items() if there)
+        name = next(device for device, is_available in available.items() if is_available)
     if not available.get(name):
-        raise UserError(f"--device is {name}, and PyTorch finds none on this machine: leave it out, or use cpu")
+        raise UserError(f"--device is {name}, but PyTorch finds none on this machine. Leave the option out, or use cpu")
     if name == "cuda":
         number = int(os.environ.get("LOCAL_RANK", 0))
         if number >= torch.cuda.device_count():
-            raise UserError(f"this machine has {torch.cuda.device_count()} GPUs: start as many processes with --nproc-per-node")
+            raise UserError(f"this machine has {torch.cuda.device_count()} GPUs. Set --nproc-per-node to that number or less")
         torch.cuda.set_device(number)
         return torch.device("cuda", number)
     return torch.device(name)
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """bfloat16 where the processor multiplies it natively, unless a type was asked for."""
+    """float32 or bfloat16; "auto" is bfloat16 if the processor multiplies it natively."""
     if name == "auto":
         native = {
             "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
@@ -41,9 +41,9 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def cast_frozen_matrices(model: nn.Module, dtype: torch.dtype) -> None:
-    """Make every frozen matrix `dtype`: they need neither gradient nor float32. Vectors (biases, LayerNorms) stay float32.
+    """Convert every frozen matrix to `dtype`; it needs neither a gradient nor float32. Biases and LayerNorms stay float32.
 
-    They are copied, for as they come they are part of the checkpoint's file, which would stay in memory for their sake.
+    In bfloat16 all frozen tensors are copied, so that the memory-mapped checkpoint can be freed.
     """
     for parameter in model.parameters():
         if not parameter.requires_grad and dtype != torch.float32:
@@ -51,7 +51,7 @@ def cast_frozen_matrices(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def peak_memory_mb(device: torch.device) -> float | None:
-    """The most memory that the process (on a GPU: its tensors there) has held so far, in MB; None where nobody counts."""
+    """Peak memory of this process (on a GPU: of its tensors) in MB; None if the system does not say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     try:
@@ -60,8 +60,8 @@ def peak_memory_mb(device: torch.device) -> float | None:
     except (OSError, StopIteration):
         pass
     try:
-        import resource  # macOS, and other systems with no /proc
+        import resource  # macOS and other systems without /proc
     except ImportError:
         return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # a child begins with its parent's, so that /proc comes first
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # on Linux it starts at the parent's peak: /proc comes first
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e6  # macOS counts bytes, others KiB

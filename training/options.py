@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import math
 import re
 import sys
 import typing
@@ -14,26 +13,34 @@ from lora import NO_TARGETS, LoraConfig
 
 DEFAULT_MODEL, EMBEDDED_MODEL = "distilbert-base-uncased", "minilm"
 DEFAULT_DATASET, EMBEDDED_DATASET = "ag_news", "sample"
-LEARNING_RATES = {"lora": 5e-4, "full": 5e-5, "head": 2e-3}  # of each method
-OF_LORA = ("r", "lora_alpha", "lora_dropout", "target_modules", "bias", "use_rslora", "use_dora", "loraplus_lr_ratio")
+LEARNING_RATES = {"lora": 5e-4, "full": 5e-5, "head": 2e-3}  # the default of each method
+LORA_OPTIONS = ("r", "lora_alpha", "lora_dropout", "target_modules", "bias", "use_rslora", "use_dora", "loraplus_lr_ratio")
 
 
-def option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+def option(
+    default: Any, help: str, *, minimum: float | None = None, maximum: float | None = None, choices: tuple[str, ...] = ()
+) -> Any:
+    return field(default=default, metadata={"help": help, "minimum": minimum, "maximum": maximum, "choices": choices})
 
 
 @dataclass
 class Options:
+    """Raises UserError for a value that is out of range, and for options that contradict each other."""
+
     model: str | None = option(
-        None, f"a hub id, a folder, or {EMBEDDED_MODEL} [{DEFAULT_MODEL}; {EMBEDDED_MODEL} if the hub cannot be reached]"
+        None, f"hub id, folder or {EMBEDDED_MODEL} [{DEFAULT_MODEL}; {EMBEDDED_MODEL} if the hub cannot be reached]"
     )
     dataset: str | None = option(
-        None, f"ag_news, sample, or a folder [{DEFAULT_DATASET}; {EMBEDDED_DATASET} if the hub cannot be reached]"
+        None, f"ag_news, sample or a folder [{DEFAULT_DATASET}; {EMBEDDED_DATASET} if the hub cannot be reached]"
     )
     revision: str | None = option(None, "commit, branch or tag of the model on the hub")
-    train_limit: int | None = option(None, "train on the first so many examples only")
-    test_limit: int | None = option(None, "test on the first so many examples only")
-    method: str = option("lora", "what is trained: lora (adapters and head), head (that alone) or full (every weight)")
+    train_limit: int | None = option(None, "use only the first N training examples", minimum=1, maximum=2**31 - 1)
+    test_limit: int | None = option(None, "use only the first N test examples", minimum=1, maximum=2**31 - 1)
+    method: str = option(
+        "lora",
+        "what to train: lora (adapters and head), head (only the head), full (every weight)",
+        choices=tuple(LEARNING_RATES),
+    )
     r: int = option(2, "rank of the adapters")
     lora_alpha: float = option(16.0, "scale of the adapters: dW = (alpha / r) B A")
     lora_dropout: float = option(0.1, "dropout on the input of the adapters")
@@ -41,86 +48,80 @@ class Options:
         ("q_lin", "v_lin"), "linear layers to adapt: names, a regular expression, or all-linear"
     )
     bias: str = option("none", "biases to train: none, all, lora_only")
-    use_rslora: bool = option(False, "scale by alpha / sqrt(r) (rsLoRA)")
-    use_dora: bool = option(False, "train the lengths of W's rows apart from their directions (DoRA)")
-    loraplus_lr_ratio: float = option(1.0, "let B learn so many times as fast as the rest (LoRA+; 16 is usual)")
-    epochs: int = option(3, "passes over the training examples")
-    batch_size: int = option(16, "examples a step")
+    use_rslora: bool = option(False, "scale by alpha / sqrt(r) instead (rsLoRA)")
+    use_dora: bool = option(False, "train the length of each row of W apart from its direction (DoRA)")
+    loraplus_lr_ratio: float = option(
+        1.0, "learning rate of B relative to the rest (LoRA+; 16 is typical)", minimum=1e-6, maximum=1e6
+    )
+    epochs: int = option(3, "passes over the training examples", minimum=1, maximum=2**31 - 1)
+    batch_size: int = option(16, "examples per step", minimum=1, maximum=2**31 - 1)
     learning_rate: float = option(
-        None, f"highest learning rate of AdamW [{', '.join(f'{rate:g} for {name}' for name, rate in LEARNING_RATES.items())}]"
+        None,
+        f"peak learning rate [{', '.join(f'{rate:g} for {name}' for name, rate in LEARNING_RATES.items())}]",
+        minimum=1e-30,
+        maximum=1e30,
     )
-    weight_decay: float = option(0.01, "weight decay of AdamW")
-    warmup: float = option(0.1, "share of the steps in which the learning rate rises; then it falls to 0, both linearly")
-    max_length: int = option(256, "tokens of a text that are read")
-    seed: int = option(0, "of the head, the adapters, the order of examples and dropout")
-    resume: str | None = option(None, "go on with the run in this folder, which was stopped; its options are taken from there")
+    weight_decay: float = option(0.01, "weight decay of AdamW", minimum=0, maximum=1e30)
+    warmup: float = option(
+        0.1, "share of the steps in which the learning rate rises from 0; then it falls linearly to 0", minimum=0, maximum=1
+    )
+    max_length: int = option(256, "longest text in tokens; the rest is cut off", minimum=3, maximum=2**31 - 1)
+    seed: int = option(0, "seed of the head, the adapters, the order of the examples and dropout", minimum=0, maximum=2**63 - 1)
+    resume: str | None = option(None, "continue the stopped run in this folder, with the options that it began with")
     checkpoint_every: int | None = option(
-        None, "steps from one checkpoint to the next [every 30 seconds, or rarer: they take a hundredth of the time at most]"
+        None, "steps between checkpoints [every 30 s, at most 1 %% of the run time]", minimum=1, maximum=2**31 - 1
     )
-    output_dir: str | None = option(None, "folder for the results, new or empty [runs/ and a name of its own]")
-    merged_output: str | None = option(None, "folder for the merged model as well, as transformers loads it")
-    tensorboard: bool = option(False, "write metrics for TensorBoard, too, into the run's folder")
-    quiet: bool = option(False, "leave out the identities of LoRA, which a run checks on its model at the start")
-    dtype: str = option("auto", "of the frozen weights and the arithmetic: auto (bfloat16 where it is fast), float32, bfloat16")
-    device: str = option("auto", "auto (the best there is), cpu, cuda, mps")
+    output_dir: str | None = option(None, "folder for the results, new or empty [a new folder in runs/]")
+    merged_output: str | None = option(None, "also write the merged model to this folder, for transformers")
+    tensorboard: bool = option(False, "also write the metrics for TensorBoard, into the run folder")
+    quiet: bool = option(False, "skip the LoRA sanity checks")
+    dtype: str = option(
+        "auto",
+        "type of the frozen weights and of the arithmetic: auto (bfloat16 if the processor has it), float32, bfloat16",
+        choices=("auto", "float32", "bfloat16"),
+    )
+    device: str = option("auto", "auto (the best available), cpu, cuda, mps", choices=("auto", "cpu", "cuda", "mps"))
 
     def __post_init__(self) -> None:
         self.target_modules = tuple(self.target_modules)
-        if self.method not in LEARNING_RATES:
-            raise UserError(f"--method is {self.method!r}; it can be {', '.join(LEARNING_RATES)}")
+        for item in dataclasses.fields(self):
+            check(flag(item.name), getattr(self, item.name), **item.metadata)
         if self.learning_rate is None:
             self.learning_rate = LEARNING_RATES[self.method]
         if self.method != "lora":
             for item in dataclasses.fields(self):
-                if item.name in OF_LORA and getattr(self, item.name) != item.default:
-                    raise UserError(f"{flag(item.name)} is for LoRA, and --method is {self.method}: leave out one of them")
+                if item.name in LORA_OPTIONS and getattr(self, item.name) != item.default:
+                    raise UserError(f"{flag(item.name)} needs --method lora, but --method is {self.method}. Drop one of them")
         if self.method == "full" and self.merged_output is not None:
-            raise UserError("--merged-output is for adapters; --method full writes the whole model into the run's folder")
-        for name, least in [
-            ("train_limit", 1),
-            ("test_limit", 1),
-            ("epochs", 1),
-            ("batch_size", 1),
-            ("max_length", 3),
-            ("checkpoint_every", 1),
-            ("seed", 0),
-        ]:
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"{flag(name)} is {value}; it must be {least} at least")
-            if value is not None and value >= 1 << 31 and name != "seed":
-                raise UserError(f"{flag(name)} is {value}; it must be below 2**31")
-        if self.seed >= 1 << 63:
-            raise UserError(f"--seed is {self.seed}; it must be below 2**63")
-        if not 0 < self.learning_rate < 1e30:
-            raise UserError(f"--learning-rate is {self.learning_rate}; it must be above 0, and a number that float32 holds")
-        if not 0 <= self.weight_decay < math.inf:
-            raise UserError(f"--weight-decay is {self.weight_decay}; it must be a number from 0")
-        if not 0 < self.loraplus_lr_ratio < 1e6:
-            raise UserError(f"--loraplus-lr-ratio is {self.loraplus_lr_ratio}; it must be above 0 and below a million")
-        if not 0 <= self.warmup <= 1:
-            raise UserError(f"--warmup is {self.warmup}; it is a share of the steps, from 0 to 1")
-        for name, values in [("dtype", ("auto", "float32", "bfloat16")), ("device", ("auto", "cpu", "cuda", "mps"))]:
-            if getattr(self, name) not in values:
-                raise UserError(f"{flag(name)} is {getattr(self, name)!r}; it can be {', '.join(values)}")
+            raise UserError("--merged-output needs an adapter. --method full writes the whole model into the run folder")
+        self.lora_config(self.model or DEFAULT_MODEL, self.revision)  # refuses bad values before anything is loaded
 
-    def lora_config(self) -> LoraConfig:
-        """What is trained: adapters and head, or the head alone. (With --method full there is none.)"""
+    def lora_config(self, base_model: str, revision: str | None) -> LoraConfig | None:
+        """The adapter to train on `base_model`; None with --method full. Raises UserError for a value out of range."""
+        if self.method == "full":
+            return None
         targets: list[str] | str = list(self.target_modules)
         if len(targets) == 1 and (targets[0] == "all-linear" or not re.fullmatch(r"[\w.]+", targets[0])):
             targets = targets[0]
-        if self.method == "head":
-            targets = NO_TARGETS
         return LoraConfig(
             r=self.r,
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
-            target_modules=targets,
+            target_modules=NO_TARGETS if self.method == "head" else targets,
             bias=self.bias,
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
-            revision=self.revision,
+            base_model_name_or_path=base_model,
+            revision=revision,
         )
+
+
+def check(name: str, value: Any, minimum: float | None, maximum: float | None, choices: tuple[str, ...], help: str) -> None:
+    """Raises UserError if an option's value is outside its range. None is an option left out."""
+    if choices and value not in choices:
+        raise UserError(f"{name} is {value!r}. Choose from {', '.join(choices)}")
+    if minimum is not None and maximum is not None and value is not None and not minimum <= value <= maximum:
+        raise UserError(f"{name} is {value}. It must be between {minimum:,} and {maximum:,}")
 
 
 def flag(name: str) -> str:
@@ -128,34 +129,40 @@ def flag(name: str) -> str:
 
 
 class Parser(argparse.ArgumentParser):
+    """argparse, but every mistake is a UserError."""
+
+    def __init__(self, description: str | None):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
     def error(self, message: str) -> Any:
-        raise UserError(f"{message}; see {self.prog} --help")
+        raise UserError(f"{message}. See {self.prog} --help")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         for argument in sys.argv[1:] if args is None else args:
             try:
                 argument.encode()
-            except UnicodeEncodeError as error:  # no tokenizer reads such a text, and none is read from such a file
-                raise UserError(f"{argument!r} on the command line is not UTF-8: write, or name, it so") from error
+            except UnicodeEncodeError as error:  # a tokenizer cannot read such a text
+                raise UserError(f"{argument!r} on the command line is not UTF-8. Type it in UTF-8") from error
         return super().parse_known_args(args, namespace)
 
 
 def parse(arguments: list[str] | None, description: str | None) -> dict[str, Any]:
-    """The options that were typed, each a field of Options. Raises UserError for what is none."""
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    """The options that were typed, by the name of their field in Options. Raises UserError for an unknown option."""
+    parser = Parser(description)
     for item in dataclasses.fields(Options):
+        help = item.metadata["help"]
         if item.type is bool:
-            parser.add_argument(flag(item.name), action="store_true", default=argparse.SUPPRESS, help=item.metadata["help"])
+            parser.add_argument(flag(item.name), action="store_true", default=argparse.SUPPRESS, help=help)
             continue
-        several = isinstance(item.default, tuple)
         kind = next(kind for kind in (int, float, str) if kind in (item.type, *typing.get_args(item.type)))
-        shown = " ".join(item.default) if isinstance(item.default, tuple) else item.default
+        several = isinstance(item.default, tuple)
+        default = " ".join(item.default) if isinstance(item.default, tuple) else item.default
         parser.add_argument(
             flag(item.name),
             type=kind,
             nargs="+" if several else None,
             default=argparse.SUPPRESS,
             metavar=kind.__name__.upper(),
-            help=item.metadata["help"] + ("" if shown is None else f" [{shown}]"),
+            help=help if default is None else f"{help} [{default}]",
         )
     return vars(parser.parse_args(arguments))

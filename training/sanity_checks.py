@@ -1,59 +1,82 @@
-"""What LoRA promises (arXiv:2106.09685, section 4.1), seen on the real model before it is trained."""
+"""What LoRA promises (arXiv:2106.09685, section 4.1), checked on the real model; and that training stays finite."""
 
+import math
 from collections import Counter
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from data import TokenizedTexts, micro_batches
+from common.errors import UserError
+from data import micro_batches
 from lora import LoRALinear, PeftModel
 from lora.inject import ModulesToSaveWrapper
-from training.checkpoint import sha256
-from training.evaluation import ModelRunner
+from training.checkpoint import sha256, trained_parameters
+from training.evaluation import Examples, ModelRunner
+from training.options import Options
 
-SOME = 8  # of the first texts are enough
+CHECKED = 8  # the first examples are enough
 
 
-def identities(forward: ModelRunner, texts: TokenizedTexts, labels: np.ndarray) -> list[str]:
-    """A line for each promise that the model can keep, with what was found. Leaves no gradient behind."""
-    model, lines = forward.model.eval(), []
-    few = micro_batches(texts.lengths, np.arange(min(SOME, len(labels))), forward.tokens)[0]
-    logits = forward(texts, few)
+def lora_checks(runner: ModelRunner, examples: Examples) -> list[str]:
+    """One line per promise, with the measured value. Leaves no gradient behind.
+
+    1. B = 0, so adding LoRA has not changed the logits.
+    2. Gradients reach exactly the trained tensors.
+    3. The first gradient of A is exactly zero, because it is a product with B. That of B is not.
+    """
+    model, lines = runner.model.eval(), []
+    texts, labels = examples
+    micro_batch = micro_batches(texts.lengths, np.arange(min(CHECKED, len(labels))), runner.tokens)[0]
+    logits = runner(texts, micro_batch)
     if isinstance(model, PeftModel):
         with torch.no_grad(), model.disable_adapter():
-            change = (forward(texts, few) - logits).abs().max().item()
-        lines.append(f"injecting changed the logits by {change}")
+            change = (runner(texts, micro_batch) - logits).abs().max().item()
+        lines.append(f"injection changed the logits by {change}")
 
-    F.cross_entropy(logits, forward.move(torch.from_numpy(labels[few]))).backward()
+    F.cross_entropy(logits, runner.to_device(torch.from_numpy(labels[micro_batch]))).backward()
     layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
-    lines.append(where_gradients_go(model, layers))
+    lines.append(gradient_line(model, layers))
     if layers:
         zero_A = sum(not layer.lora_A.weight.grad.any() for layer in layers)  # type: ignore[union-attr]
         zero_B = sum(not layer.lora_B.weight.grad.any() for layer in layers)  # type: ignore[union-attr]
-        lines.append(f"the first gradient is exactly 0 for {zero_A} of {len(layers)} A, since B = 0, and for {zero_B} B")
-    for parameter in model.parameters():
-        parameter.grad = None
+        n = len(layers)
+        lines.append(f"the first gradient is exactly 0 for {zero_A} of {n} A (because B = 0) and for {zero_B} of {n} B")
+    model.zero_grad(set_to_none=True)
     return lines
 
 
-def where_gradients_go(model: nn.Module, layers: list[LoRALinear]) -> str:
-    kinds: dict[torch.Tensor, str] = {layer.lora_A.weight: "A" for layer in layers}
+def gradient_line(model: nn.Module, layers: list[LoRALinear]) -> str:
+    kinds: dict[Tensor, str] = {layer.lora_A.weight: "A" for layer in layers}
     kinds |= {layer.lora_B.weight: "B" for layer in layers}
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
-            kinds |= dict.fromkeys(module.trained_module.parameters(), "of the head")
+            kinds |= dict.fromkeys(module.trained_module.parameters(), "head")
     reached = {parameter for parameter in model.parameters() if parameter.grad is not None}
     trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
-    counts = Counter(kinds.get(parameter, "more") for parameter in model.parameters() if parameter in reached)
-    which = ", ".join(f"{count} {kind}" for kind, count in counts.items()) if kinds else "all there are"
+    counts = Counter(kinds.get(parameter, "other") for parameter in model.parameters() if parameter in reached)
+    listed = ", ".join(f"{count} {kind}" for kind, count in counts.items()) if kinds else "all of the model"
     if reached != trained:
-        return f"gradients reach {len(reached)} tensors ({which}), and {len(trained)} are trained"
-    return f"gradients reach exactly the {len(trained)} tensors that are trained: {which}"
+        return f"gradients reach {len(reached)} tensors ({listed}), but {len(trained)} are trained"
+    return f"gradients reach exactly the {len(trained)} trained tensors: {listed}"
 
 
 def frozen_sha256(model: nn.Module) -> str | None:
-    """Of the values of everything that is not trained; None if all is."""
-    frozen = {name: value.detach().cpu().contiguous() for name, value in model.named_parameters() if not value.requires_grad}
+    """The sha256 of all frozen parameters; None if everything is trained."""
+    trained = trained_parameters(model)
+    frozen = {name: value.detach().cpu().contiguous() for name, value in model.named_parameters() if name not in trained}
     return sha256("", frozen) if frozen else None
+
+
+def refuse_not_finite(loss: float, gradient_norm: float, step: int, batch: np.ndarray, options: Options) -> None:
+    """Raises UserError, with step, examples and settings, if the loss or the gradient is NaN or infinite."""
+    if math.isfinite(loss) and math.isfinite(gradient_norm):
+        return
+    symptom = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradient is {gradient_norm}"
+    rows = ", ".join(str(i + 1) for i in sorted(batch.tolist()))
+    raise UserError(
+        f"{symptom} at step {step}, on the training examples {rows} (counted from 1), with --learning-rate "
+        f"{options.learning_rate:g}, --lora-alpha {options.lora_alpha:g}, --r {options.r} and --dtype {options.dtype}. Try a "
+        f"smaller --learning-rate, or --dtype float32. The last checkpoint is from before this step"
+    )

@@ -1,4 +1,4 @@
-"""A run that is stopped, by whatever and whenever, goes on and ends with the same adapter, bit for bit."""
+"""A stopped run continues and ends with the same adapter, bit for bit."""
 
 import dataclasses
 import json
@@ -37,7 +37,7 @@ def words(small_model) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def left_alone(words, tmp_path_factory) -> Path:
+def uninterrupted(words, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("left") / "alone"
     assert main([*words, "--output-dir", str(folder)]) == 0
     return folder
@@ -56,7 +56,7 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
         time.sleep(0.002)
 
 
-def assert_same_end(run: Path, other: Path) -> None:
+def assert_same_result(run: Path, other: Path) -> None:
     """The adapter byte for byte, the metrics but for the speed, and nothing left over."""
     name = "adapter/adapter_model.safetensors"
     assert (run / name).read_bytes() == (other / name).read_bytes()
@@ -78,8 +78,8 @@ def kill(process: subprocess.Popen) -> None:
     process.communicate()
 
 
-def kill_and_go_on(words: list[str], run: Path, kills: int, processes: int, steps: int = STEPS, last: bool = True) -> None:
-    """Start the run, and kill it at random moments, `kills` times, before it is (if `last`) left to end."""
+def kill_and_resume(words: list[str], run: Path, kills: int, processes: int, steps: int = STEPS, last: bool = True) -> None:
+    """Start the run and kill it `kills` times at random moments. Then, if `last`, let it end."""
     rng = random.Random(0)
     arguments, done = [*words, "--output-dir", str(run)], 0
     for number in range(kills):
@@ -97,21 +97,21 @@ def kill_and_go_on(words: list[str], run: Path, kills: int, processes: int, step
     assert process.returncode == 0, errors
 
 
-def test_a_run_that_is_killed_again_and_again_ends_as_one_left_alone(words, left_alone, tmp_path):
-    kill_and_go_on(words, tmp_path / "run", kills=4, processes=1)
-    assert_same_end(tmp_path / "run", left_alone)
+def test_a_run_killed_again_and_again_ends_the_same(words, uninterrupted, tmp_path):
+    kill_and_resume(words, tmp_path / "run", kills=4, processes=1)
+    assert_same_result(tmp_path / "run", uninterrupted)
 
 
 @pytest.fixture(scope="module")
-def two_left_alone(words, tmp_path_factory) -> Path:
+def two_uninterrupted(words, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("two") / "alone"
-    kill_and_go_on(words, folder, kills=0, processes=2)
+    kill_and_resume(words, folder, kills=0, processes=2)
     return folder
 
 
-def test_two_processes_that_are_killed_end_as_two_left_alone(words, two_left_alone, tmp_path):
-    kill_and_go_on(words, tmp_path / "run", kills=1, processes=2)
-    assert_same_end(tmp_path / "run", two_left_alone)
+def test_two_killed_processes_end_the_same(words, two_uninterrupted, tmp_path):
+    kill_and_resume(words, tmp_path / "run", kills=1, processes=2)
+    assert_same_result(tmp_path / "run", two_uninterrupted)
 
 
 @pytest.mark.slow
@@ -119,12 +119,12 @@ def test_two_processes_that_are_killed_end_as_two_left_alone(words, two_left_alo
 def test_twenty_kills(processes, words, tmp_path):
     words = [*words, "--epochs", "12"]  # 300 steps
     for run, kills in [("alone", 0), ("run", 20)]:
-        kill_and_go_on(words, tmp_path / run, kills, processes, steps=300)
-    assert_same_end(tmp_path / "run", tmp_path / "alone")
+        kill_and_resume(words, tmp_path / run, kills, processes, steps=300)
+    assert_same_result(tmp_path / "run", tmp_path / "alone")
 
 
 @pytest.mark.parametrize("moment", ["half of it is on disk", pytest.param("it is not renamed yet", marks=pytest.mark.slow)])
-def test_a_run_that_is_killed_while_it_writes_a_checkpoint_goes_on_from_the_one_before(moment, words, left_alone, tmp_path):
+def test_a_kill_while_writing_a_checkpoint_loses_only_that_one(moment, words, uninterrupted, tmp_path):
     run = tmp_path / "run"
     program = f"""
 import os, signal, sys
@@ -155,11 +155,11 @@ train.main(sys.argv[1:])
     assert [path.name for path in newest_first(run)] == ["step-00000022.safetensors", "step-00000020.safetensors"]
     assert list((run / "checkpoints").glob(".*"))
     assert main(["--resume", str(run)]) == 0
-    assert_same_end(run, left_alone)
+    assert_same_result(run, uninterrupted)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_finishes_the_step_writes_a_checkpoint_and_says_how_to_go_on(number, status, words, left_alone, tmp_path):
+def test_a_signal_finishes_the_step_and_says_how_to_resume(number, status, words, uninterrupted, tmp_path):
     run = tmp_path / "run"
     words = [*words[: words.index("--checkpoint-every")], "--checkpoint-every", "1000"]
     process = start(*words, "--output-dir", str(run))
@@ -170,11 +170,11 @@ def test_a_signal_finishes_the_step_writes_a_checkpoint_and_says_how_to_go_on(nu
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == status
-    assert f"stopped by {number.name}; to go on: --resume {run}" in errors
+    assert f"stopped by {number.name}. To continue: --resume {run}" in errors
     assert "Traceback" not in errors
     assert read_newest(run).step >= 10  # and not only the one of the start
     assert main(["--resume", str(run)]) == 0
-    assert_same_end(run, left_alone)
+    assert_same_result(run, uninterrupted)
 
 
 def test_two_processes_stop_after_the_same_step(words, tmp_path):
@@ -203,7 +203,7 @@ def stopped(killed, tmp_path) -> Path:
     return Path(shutil.copytree(killed, tmp_path / "run"))
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(stopped, left_alone, capsys, tmp_path):
+def test_a_damaged_checkpoint_is_skipped(stopped, uninterrupted, capsys, tmp_path):
     newest, other = newest_first(stopped)
     whole = newest.read_bytes()
     rng = random.Random(0)
@@ -212,65 +212,73 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(stopped, left_
         assert read_newest(stopped).path == other
         assert str(newest) in capsys.readouterr().out
     assert main(["--resume", str(stopped)]) == 0
-    assert_same_end(stopped, left_alone)
+    assert_same_result(stopped, uninterrupted)
+
+
+def adamw_after_a_step(layer: torch.nn.Linear) -> torch.optim.AdamW:
+    optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
+    layer(torch.ones(2)).sum().backward()
+    optimizer.step()
+    return optimizer
 
 
 def flip(content: bytes, at: int) -> bytes:
     return content[:at] + bytes([content[at] ^ 1 << at % 8]) + content[at + 1 :]
 
 
-def test_where_no_checkpoint_is_whole_the_run_is_to_be_started_again(stopped):
+def test_without_an_undamaged_checkpoint_resume_is_refused(stopped):
     for path in newest_first(stopped):
         path.write_bytes(b"\0" * 100)
-    with pytest.raises(UserError, match=r"no checkpoint in .*checkpoints is whole: start the run again"):
+    with pytest.raises(UserError, match=r"no checkpoint in .*checkpoints can be used. Start the run again"):
         read_newest(stopped)
     shutil.rmtree(stopped / "checkpoints")
-    with pytest.raises(UserError, match="holds no checkpoint to go on from"):
+    with pytest.raises(UserError, match="has no checkpoint to resume from"):
         read_newest(stopped)
 
 
 @pytest.mark.parametrize(
     ("typed", "message"),
     [
-        (["--r", "4"], "--r is 4, and 2 in the run"),
-        (["--seed", "1"], "--seed is 1, and 0 in the run"),
-        (["--use-dora"], "--use-dora is True, and False in the run"),
-        (["--target-modules", "q_lin"], r"--target-modules is \['q_lin'\], and \['q_lin', 'v_lin'\] in the run"),
-        (["--output-dir", "elsewhere"], "--output-dir is elsewhere, and .*run in the run"),
+        (["--r", "4"], "--r is 4, but the run in .* began with 2"),
+        (["--seed", "1"], "--seed is 1, but the run in .* began with 0"),
+        (["--use-dora"], "--use-dora is True, but the run in .* began with False"),
+        (["--target-modules", "q_lin"], r"--target-modules is \['q_lin'\], but the run in .* began with \['q_lin', 'v_lin'\]"),
+        (["--output-dir", "elsewhere"], "--output-dir is elsewhere, but the run in .* began with .*run"),
     ],
 )
-def test_an_option_that_contradicts_the_run_is_refused_by_name(typed, message, stopped, capsys):
+def test_an_option_that_contradicts_the_run_is_refused(typed, message, stopped, capsys):
     assert main(["--resume", str(stopped), *typed]) == 2
     assert len(errors := capsys.readouterr().err.splitlines()) == 1
     assert re.search(message, errors[0])
 
 
-def test_other_data_another_model_and_another_number_of_processes_are_refused(stopped, tmp_path):
+def test_other_data_model_or_number_of_processes_is_refused(stopped, tmp_path):
     saved = read_newest(stopped)
-    with pytest.raises(UserError, match="was one of 1 processes: start as many, not 2"):
+    with pytest.raises(UserError, match=r"number of processes: 1 in .*, 2 now"):
         saved.refuse_changes(2, saved.fingerprint)
     for what in ("the model", "the data", "--dtype"):
-        with pytest.raises(UserError, match=f"{what} is not what it was when the run"):
+        with pytest.raises(UserError, match=f"{what} has changed since the run"):
             saved.refuse_changes(1, saved.fingerprint | {what: "another"})
 
 
-def test_a_run_that_has_ended_is_not_gone_on_with(left_alone, capsys):
-    assert main(["--resume", str(left_alone)]) == 2
-    assert "has ended: its results.json is there" in capsys.readouterr().err
+def test_an_ended_run_is_not_resumed(uninterrupted, capsys):
+    assert main(["--resume", str(uninterrupted)]) == 2
+    assert "has ended: results.json exists" in capsys.readouterr().err
 
 
-def test_what_is_typed_again_is_no_contradiction_and_what_has_no_part_in_the_result_may_change(stopped, tmp_path):
+def test_options_without_influence_on_the_result_may_change(stopped, tmp_path):
     saved = read_newest(stopped)
     options = saved.resume_options({"r": 2, "target_modules": ["q_lin", "v_lin"], "checkpoint_every": 7})
     assert options == dataclasses.replace(Options(**saved.options), checkpoint_every=7)
 
 
-def test_a_step_that_is_not_finite_stops_the_run_says_where_and_leaves_the_checkpoint_before_it(words, tmp_path, capsys):
+def test_a_loss_that_is_not_finite_stops_the_run(words, tmp_path, capsys):
     run = tmp_path / "run"
     assert main([*words, "--learning-rate", "1e25", "--dtype", "float32", "--output-dir", str(run)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert re.search(
-        r"(loss|norm) is (nan|inf) at step \d+, on the training examples (\d+, ){7}\d+ .* with --learning-rate 1e\+25", error
+        r"(loss|gradient) is (nan|inf) at step \d+, on the training examples (\d+, ){7}\d+ .* with --learning-rate 1e\+25",
+        error,
     )
     assert not (run / "adapter").exists()
     for path in newest_first(run):
@@ -278,7 +286,7 @@ def test_a_step_that_is_not_finite_stops_the_run_says_where_and_leaves_the_check
 
 
 @pytest.mark.parametrize(("largest", "what"), [(20_000, "step-00000000.safetensors"), (60_000, "adapter")])
-def test_a_full_disk_is_one_line_and_leaves_no_half_of_a_file(largest, what, words, tmp_path):
+def test_a_full_disk_is_one_line_and_leaves_no_partial_file(largest, what, words, tmp_path):
     run = tmp_path / "run"
 
     def small_disk() -> None:
@@ -293,7 +301,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_of_a_file(largest, what, wor
         assert read_newest(run).step == STEPS  # nothing is lost: with more room, the run goes on from here
 
 
-def test_checkpoints_take_one_per_cent_of_the_time_at_most(tmp_path, monkeypatch):
+def test_checkpoints_take_at_most_one_percent_of_the_time(tmp_path, monkeypatch):
     now = 0.0
     monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now)
     checkpoints = Checkpoints(tmp_path, None, {}, write=True)
@@ -307,19 +315,28 @@ def test_checkpoints_take_one_per_cent_of_the_time_at_most(tmp_path, monkeypatch
     assert [step for step in range(1, 10) if Checkpoints(tmp_path, 3, {}, write=True).due(step)] == [3, 6, 9]
 
 
-def test_two_are_kept(tmp_path):
+def test_two_checkpoints_are_kept(tmp_path):
     layer = torch.nn.Linear(2, 2)
-    optimizer = checkpoint.AdamW([{"params": list(layer.parameters()), "lr": 0.1}], 0.0)
+    optimizer = adamw_after_a_step(layer)
     checkpoints = Checkpoints(tmp_path, 1, {}, write=True)
     for step in range(5):
         checkpoints.save(step, layer, optimizer, 0.0, [])
     assert [path.name for path in newest_first(tmp_path)] == ["step-00000004.safetensors", "step-00000003.safetensors"]
     assert safetensors.torch.load_file(newest_first(tmp_path)[0]).keys() == {
-        *("weight", "weight/step", "weight/mean", "weight/square", "bias", "bias/step", "bias/mean", "bias/square")
+        *(
+            "weight",
+            "weight/step",
+            "weight/exp_avg",
+            "weight/exp_avg_sq",
+            "bias",
+            "bias/step",
+            "bias/exp_avg",
+            "bias/exp_avg_sq",
+        )
     }
 
 
-def test_a_second_process_on_the_same_run_is_refused_and_the_first_goes_on(words, left_alone, tmp_path):
+def test_a_second_process_on_the_same_run_is_refused(words, uninterrupted, tmp_path):
     run = tmp_path / "run"
     first = start(*words, "--output-dir", str(run))
     wait_for_step(run, 2, first)
@@ -328,15 +345,15 @@ def test_a_second_process_on_the_same_run_is_refused_and_the_first_goes_on(words
     _, errors = second.communicate(timeout=60)
     first.send_signal(signal.SIGCONT)
     assert second.returncode == 2
-    assert errors.splitlines()[-1] == (f"train.py: another process is at work on the run in {run}: let it end, or end it")
+    assert errors.splitlines()[-1] == (f"train.py: another process uses the run folder {run}. Wait for it, or end it")
     assert first.wait(60) == 0
-    assert_same_end(run, left_alone)
+    assert_same_result(run, uninterrupted)
 
 
-def test_two_runs_that_begin_in_the_same_folder_at_the_same_moment_do_not_mix(tmp_path):
+def test_two_runs_in_the_same_folder_do_not_mix(tmp_path):
     first, second = (Checkpoints(tmp_path, 1, {}, write=True) for _ in range(2))
     first.clean(0)
-    with pytest.raises(UserError, match="another process is at work"):
+    with pytest.raises(UserError, match="another process uses the run folder"):
         second.clean(0)
     del first
     second.clean(0)  # who is gone holds no lock
@@ -347,8 +364,8 @@ def test_two_runs_that_begin_in_the_same_folder_at_the_same_moment_do_not_mix(tm
 
 
 @pytest.mark.slow
-def test_processes_that_would_go_on_from_different_checkpoints_are_refused(words, tmp_path):
-    kill_and_go_on(words, tmp_path / "run", kills=1, processes=2, last=False)
+def test_processes_with_different_checkpoints_are_refused(words, tmp_path):
+    kill_and_resume(words, tmp_path / "run", kills=1, processes=2, last=False)
     shutil.copytree(tmp_path / "run", tmp_path / "other")
     newest_first(tmp_path / "other")[0].unlink()
     program = f"""
@@ -364,7 +381,7 @@ sys.exit(train.main(["--resume", sys.argv[1 + int(os.environ["RANK"])]]))
     assert "the checkpoint differs between processes 0 and 1" in errors
 
 
-def test_a_damaged_checkpoint_that_was_passed_over_does_not_take_the_place_of_a_whole_one(stopped):
+def test_a_skipped_checkpoint_is_removed(stopped):
     newest, other = newest_first(stopped)
     newest.write_bytes(b"damaged")
     saved = read_newest(stopped)
@@ -372,7 +389,7 @@ def test_a_damaged_checkpoint_that_was_passed_over_does_not_take_the_place_of_a_
     assert newest_first(stopped) == [other]
 
 
-def test_a_damaged_line_of_metrics_is_named_and_half_of_one_removed(stopped):
+def test_a_damaged_line_of_metrics_is_named(stopped):
     metrics = stopped / "metrics.jsonl"
     whole = metrics.read_bytes()
     metrics.write_bytes(whole + b'{"step": 2')
@@ -380,29 +397,29 @@ def test_a_damaged_line_of_metrics_is_named_and_half_of_one_removed(stopped):
     assert metrics.read_bytes() == whole
     for damaged in (b"{}\n", b"\0\0}\n", b"[]\n", b"\xff\n"):
         metrics.write_bytes(whole + damaged)
-        with pytest.raises(UserError, match=rf"metrics.jsonl, line {1 + whole.count(bytes([10]))}: damaged"):
+        with pytest.raises(UserError, match=rf"metrics.jsonl, line {1 + whole.count(bytes([10]))}: not a line of metrics"):
             Checkpoints(stopped, 1, {}, write=True).clean(22)
         assert metrics.read_bytes() == whole + damaged
 
 
-@pytest.mark.parametrize("about", [{"options": {"frobnicate": 1}}, {"options": {"epochs": -1}}, {"more": 1}])
-def test_a_checkpoint_of_another_version_is_named_as_such(about, killed, tmp_path, capsys):
+@pytest.mark.parametrize("changed", [{"options": {"frobnicate": 1}}, {"options": {"epochs": -1}}, {"more": 1}])
+def test_a_checkpoint_of_another_version_is_skipped(changed, killed, tmp_path, capsys):
     saved = read_newest(killed)
     fields = {item.name: getattr(saved, item.name) for item in dataclasses.fields(saved)[2:]}  # without path and tensors
-    state = json.dumps(fields | about)
+    state = json.dumps(fields | changed)
     tensors = {key: tensor.bfloat16() for key, tensor in saved.tensors.items()}
     (tmp_path / "checkpoints").mkdir()
     metadata = {"state": state, "sha256": checkpoint.sha256(state, tensors)}
     safetensors.torch.save_file(tensors, tmp_path / "checkpoints" / "step-00000001.safetensors", metadata=metadata)
-    with pytest.raises(UserError, match=r"no checkpoint in .* is whole"):
+    with pytest.raises(UserError, match=r"no checkpoint in .* can be used"):
         read_newest(tmp_path)
-    assert "was written by another version of this program: passed over" in capsys.readouterr().out
+    assert "comes from another version of this program" in capsys.readouterr().out
 
 
-def test_a_power_cut_finds_each_file_on_disk_before_the_one_that_it_replaces_is_gone(tmp_path, monkeypatch):
+def test_files_are_flushed_before_they_replace_others(tmp_path, monkeypatch):
     happened = []
     layer = torch.nn.Linear(2, 2)
-    optimizer = checkpoint.AdamW([{"params": list(layer.parameters()), "lr": 0.1}], 0.0)
+    optimizer = adamw_after_a_step(layer)
     checkpoints = Checkpoints(tmp_path, 1, {}, write=True)
     for step in (1, 2):
         checkpoints.save(step, layer, optimizer, 0.0, [])

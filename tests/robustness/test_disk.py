@@ -1,4 +1,4 @@
-"""Disks that are full or closed to us, and folders that vanish: one line, status 2, and nothing lost that was there."""
+"""Disks that are full or read-only, and folders that vanish: one line, status 2, nothing lost."""
 # ruff: noqa: F811
 
 import contextlib
@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from test_checkpoint import STEPS, assert_same_end, left_alone, start, wait_for_step, words  # noqa: F401
+from test_checkpoint import STEPS, assert_same_result, start, uninterrupted, wait_for_step, words  # noqa: F401
 
 from common.errors import UserError
 from common.files import new_folder, refuse_if_unwritable
@@ -59,9 +59,7 @@ def in_one_line(done: subprocess.CompletedProcess | subprocess.Popen, errors: st
         pytest.param(800, "merged", marks=pytest.mark.slow),
     ],
 )
-def test_with_room_on_a_disk_that_was_full_the_run_goes_on_as_if_nothing_had_been(
-    kilobytes, what, words, left_alone, small_disk
-):
+def test_a_run_resumes_after_a_full_disk_has_room_again(kilobytes, what, words, uninterrupted, small_disk):
     disk = small_disk(kilobytes)
     process = start(*words, "--output-dir", str(disk / "run"), "--merged-output", str(disk / "merged"))
     _, errors = process.communicate(timeout=100)
@@ -75,11 +73,11 @@ def test_with_room_on_a_disk_that_was_full_the_run_goes_on_as_if_nothing_had_bee
     if what in ("adapter", "merged"):
         assert read_newest(disk / "run").step == STEPS
     assert main(["--resume", str(disk / "run")]) == 0
-    assert_same_end(disk / "run", left_alone)
+    assert_same_result(disk / "run", uninterrupted)
     assert (disk / "merged" / "model.safetensors").exists()
 
 
-def test_a_disk_that_is_closed_is_found_before_the_training(words, small_disk, capsys):
+def test_a_read_only_disk_is_found_before_training(words, small_disk, capsys):
     disk = small_disk(1000)
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     for arguments in (["--output-dir", str(disk / "run")], ["--merged-output", str(disk / "new" / "merged")]):
@@ -99,7 +97,7 @@ def without_privileges() -> None:
 
 
 @pytest.mark.parametrize("option", ["--output-dir", "--merged-output"])
-def test_a_folder_in_which_we_may_not_write_is_found_before_the_training(option, words, tmp_path):
+def test_a_folder_without_permission_is_found_before_training(option, words, tmp_path):
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o555)
     where = {"--output-dir": tmp_path / "run", option: closed / "below" / "it"}
@@ -111,7 +109,7 @@ def test_a_folder_in_which_we_may_not_write_is_found_before_the_training(option,
     assert list(tmp_path.rglob("*")) == [closed]
 
 
-def test_a_run_whose_folder_is_moved_away_stops_and_goes_on_from_the_other_place(words, left_alone, tmp_path):
+def test_a_run_whose_folder_is_moved_stops_and_resumes_there(words, uninterrupted, tmp_path):
     run, moved = tmp_path / "run", tmp_path / "moved"
     process = start(*words, "--output-dir", str(run))
     wait_for_step(run, 4, process)
@@ -120,10 +118,10 @@ def test_a_run_whose_folder_is_moved_away_stops_and_goes_on_from_the_other_place
     in_one_line(process, errors, "cannot be written: No such file or directory")
     assert not run.exists()
     assert main(["--resume", str(moved)]) == 0
-    assert_same_end(moved, left_alone)
+    assert_same_result(moved, uninterrupted)
 
 
-def test_a_place_is_tried_without_a_trace(tmp_path):
+def test_trying_to_write_leaves_no_trace(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
     before = sorted(tmp_path.rglob("*"))
