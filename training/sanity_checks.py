@@ -9,7 +9,7 @@ from torch import nn
 
 from data import TokenizedTexts, micro_batches
 from lora import LoRALinear, PeftModel
-from lora.inject import ModulesToSaveWrapper
+from lora.modules_to_save import ModulesToSaveWrapper
 from training.checkpoint import sha256
 from training.evaluation import ModelRunner
 
