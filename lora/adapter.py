@@ -85,7 +85,9 @@ def match_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str | Pa
                 f"{source} has {theirs[0]} classes, the model {ours[0]}. Load the base model with num_labels={theirs[0]}"
             )
         if theirs != ours:
-            raise UserError(f"{source}: the shape of {key} is {theirs}, in the model {ours}. Load the base model of the adapter")
+            raise UserError(
+                f"{source}: the shape of {key} is {theirs}, in the model {ours}. Load the base model of the adapter"
+            )
     return tensors
 
 
