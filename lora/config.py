@@ -95,7 +95,7 @@ class LoraConfig:
             if not 0 < alpha < MAX_ALPHA:
                 raise UserError(f"{name} is {alpha}. It must be above 0 and below {MAX_ALPHA:g}")
         if not 0 <= self.lora_dropout < 1:
-            raise UserError(f"lora_dropout is {self.lora_dropout}. A probability of dropout is at least 0 and less than 1")
+            raise UserError(f"lora_dropout is {self.lora_dropout}. It must be at least 0 and less than 1")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> LoraConfig:

@@ -33,7 +33,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)
     except FileNotFoundError:
-        raise UserError(f"{path} is missing. Weights are read only from safetensors files") from None
+        raise UserError(f"{path} is missing. Weights are read from safetensors files only") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} is not a whole safetensors file ({error}). Fetch or write it again") from error
 

@@ -24,7 +24,7 @@ rate. In this project's experiment alpha / r = 16 / 2 = 8.
 
 After training LoRA costs nothing. dW has the shape of W0, so `merge` adds it, and the layer is a plain linear layer again.
 
-Read on in lora/inject.py, which puts these layers into a whole model.
+Read on in lora/inject.py, which puts these layers into a whole model. tests/test_the_paper.py tests the paper's claims.
 """
 
 import math
@@ -40,7 +40,8 @@ class LoRALinear(nn.Linear):
     """A linear layer with a low-rank update beside its weight: (..., d_in) -> (..., d_out).
 
     `weight` and `bias` are those of the layer it replaces: the same tensors under the same names, so the keys of a checkpoint
-    stay valid. `inject` freezes them. A and B are float32, whatever the type of the weight.
+    stay valid. `inject` freezes them. A and B are float32, whatever the type of the weight. `lora_dropout` is the probability of
+    dropout on the input of A; `use_rslora` scales by alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732).
     """
 
     bias: Tensor | None  # type: ignore[assignment]
@@ -61,7 +62,7 @@ class LoRALinear(nn.Linear):
         self.lora_A = nn.Linear(self.in_features, r, bias=False, device=weight.device, dtype=torch.float32)
         self.lora_B = nn.Linear(r, self.out_features, bias=False, device=weight.device, dtype=torch.float32)
         self.lora_dropout = nn.Dropout(lora_dropout)
-        self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)  # rsLoRA: arXiv:2312.03732
+        self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
         self.enabled = True
         self.register_buffer("W0", None, persistent=False)
         # a = sqrt(5) makes the bound 1 / sqrt(d_in): the start of nn.Linear, and of A in the authors' code and in peft
