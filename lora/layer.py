@@ -40,8 +40,10 @@ class LoRALinear(nn.Linear):
     """A linear layer with a low-rank update beside its weight: (..., d_in) -> (..., d_out).
 
     `weight` and `bias` are those of the layer it replaces: the same tensors under the same names, so the keys of a checkpoint
-    stay valid. `inject` freezes them. A and B are float32, whatever the type of the weight. `lora_dropout` is the probability of
-    dropout on the input of A; `use_rslora` scales by alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732).
+    stay valid. `inject` freezes them. A and B are float32, whatever the type of the weight.
+
+    lora_dropout: probability of dropout on the input of A.
+    use_rslora: scale by alpha / sqrt(r) instead (Kalajdzievski 2023, arXiv:2312.03732).
     """
 
     bias: Tensor | None  # type: ignore[assignment]
