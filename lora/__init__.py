@@ -1,4 +1,7 @@
-"""The idea: low-rank adapters, under the names that `peft` gave them. Works on any `nn.Module`."""
+"""LoRA adapters for any `nn.Module`, under peft's names. Start reading in lora/layer.py, then lora/inject.py.
+
+The package needs torch and safetensors only: install it, or copy this folder.
+"""
 
 from lora.config import NO_TARGETS, LoraConfig, PeftConfig, TaskType
 from lora.inject import count_parameters, print_trainable_parameters

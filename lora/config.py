@@ -1,8 +1,11 @@
-"""What to adapt and how, under peft's names: in memory, and as `adapter_config.json`."""
+"""LoraConfig: what to adapt and how, under peft's names, in memory and as `adapter_config.json`."""
+
+from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+import types
+import typing
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from pathlib import Path
@@ -11,72 +14,49 @@ from typing import Any
 from lora.errors import UserError
 from lora.files import make_folder, read_json, write_file
 
-HIGHEST_RANK = 1 << 20
-LARGEST_ALPHA = 1e30
 CONFIG_FILE = "adapter_config.json"
-NO_TARGETS = "dummy-target-modules"  # peft's word for an adapter of modules to save alone
-# What peft writes and what changes nothing here, whatever it says ...
-IGNORED = {
-    "peft_type",
-    "peft_version",
-    "auto_mapping",
-    "eva_config",
-    "megatron_core",
-    "qalora_group_size",
+MAX_RANK = 1 << 20
+MAX_ALPHA = 1e30  # float32 ends at 3.4e38
+NO_TARGETS = "dummy-target-modules"  # peft's word for an adapter that only trains modules_to_save
+REGEX_ERRORS = (re.error, OverflowError, RecursionError)  # `re` raises them for a pattern that is invalid, too long or too deep
+
+CHOICES: dict[str, tuple] = {
+    "bias": ("none", "all", "lora_only"),
+    "task_type": ("SEQ_CLS", None),
+    "init_lora_weights": (True, False, "gaussian"),
+    "inference_mode": (False,),
+    "fan_in_fan_out": (False,),
 }
-# ... and the starts of A and B that leave W0 alone, so that a trained adapter no longer depends on them.
+# keys in peft's files that have no effect on how the adapter computes
+IGNORED = {"peft_type", "peft_version", "auto_mapping", "eva_config", "megatron_core", "qalora_group_size"}
+# initialisations that leave W0 as it is: once trained, an adapter no longer depends on them
 HARMLESS_INIT = (True, False, "gaussian", "orthogonal", "eva")
-NO_REGEX = (re.error, OverflowError, RecursionError)  # what `re` raises at one that is wrong, too long or too deep
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_list(value: Any, kind: type) -> bool:
-    return isinstance(value, list) and all(type(item) is kind for item in value)
-
-
-def pattern_in_name(pattern: str) -> str:
-    """The regular expression that matches the names which end in what `pattern` matches."""
-    return rf"(.*\.)?({pattern})$"
-
-
-# What the rest of the code takes for granted; JSON, and a script, can hold anything under these names.
-RIGHT: dict[str, Callable[[Any], bool]] = {
-    "target_modules": lambda value: value is None or isinstance(value, str) or _is_list(value, str),
-    "modules_to_save": lambda value: value is None or _is_list(value, str),
-    "layers_to_transform": lambda value: value is None or type(value) is int or _is_list(value, int),
-    "rank_pattern": lambda value: isinstance(value, dict),
-    "alpha_pattern": lambda value: isinstance(value, dict),
-    "use_rslora": lambda value: isinstance(value, bool),
-    "use_dora": lambda value: isinstance(value, bool),
-    "base_model_name_or_path": lambda value: value is None or isinstance(value, str),
-    "revision": lambda value: value is None or isinstance(value, str),
-}
 
 
 class TaskType(str, Enum):
-    """peft's name for what a model is for."""
+    """The purpose of a model, as peft names it."""
 
     SEQ_CLS = "SEQ_CLS"
 
 
 @dataclass
 class LoraConfig:
-    """The options of LoRA that this library has. Raises UserError for a value that cannot be meant.
+    """The options of LoRA, a subset of peft's. Raises UserError, by name, for a value of the wrong type or out of range.
 
-    r, lora_alpha: rank and scale, dW = (alpha / r) B A; with `use_rslora`, alpha / sqrt(r) (arXiv:2312.03732).
-    target_modules: the linear layers to adapt: a list of the ends of their names (["q_lin", "v_lin"]), a regular expression
-        that matches whole names, "all-linear", which is every linear layer outside the head, or NO_TARGETS, which is none.
-    layers_to_transform: adapt the layers with these numbers (the first in a module's name) only.
-    rank_pattern, alpha_pattern: r or alpha of their own for the layers whose name ends in the key, a regular expression.
+    r, lora_alpha: rank and scale, dW = (alpha / r) B A (arXiv:2106.09685, section 4.1).
+    lora_dropout: probability of dropout on the input of A.
+    target_modules: the linear layers to adapt: a list of names or ends of names (["q_lin", "v_lin"]); a regular expression
+        that matches full names; "all-linear" for every linear layer outside the head; or NO_TARGETS for none.
     modules_to_save: modules to train in full beside the adapters, by the ends of their names. With task_type "SEQ_CLS" (the
-        default here; peft's is None) the head is always among them: what is called "score" or ends in "classifier".
-    bias: which biases are trained as well: "none", "all" of the model's, or those of the adapted layers ("lora_only").
-    init_lora_weights: A uniform and B zero (True), A normal and B zero ("gaussian"), or B not zero either (False).
-    use_dora: train the lengths of W's rows apart from their directions (lora/variants.py).
-    base_model_name_or_path, revision: what the adapter was trained on, for whoever loads it.
+        default here; peft's is None) the head is always one of them: names that end in "classifier" or "score".
+    bias: the biases to train: "none", "all", or only those of the adapted layers ("lora_only").
+    use_rslora: scale by alpha / sqrt(r) instead (arXiv:2312.03732).
+    use_dora: train the length of each row of W apart from its direction (lora/variants.py).
+    init_lora_weights: A uniform and B zero (True), A normal and B zero ("gaussian"), or neither of them zero (False).
+    layers_to_transform: adapt only the layers with these numbers (a layer's number is the first in its name).
+    rank_pattern, alpha_pattern: r or alpha for the layers whose name ends in the key, a regular expression.
+    base_model_name_or_path, revision: the model that the adapter was trained on.
+    inference_mode, fan_in_fan_out: accepted for scripts written for peft; only False is supported.
     """
 
     r: int = 8
@@ -94,72 +74,90 @@ class LoraConfig:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     base_model_name_or_path: str | None = None
     revision: str | None = None
-    inference_mode: bool = False  # these two for scripts written for peft; True is more than this library has
+    inference_mode: bool = False
     fan_in_fan_out: bool = False
 
     def __post_init__(self) -> None:
+        annotations = typing.get_type_hints(type(self))
         for item in fields(self):
             value = getattr(self, item.name)
             if isinstance(value, tuple | set):
                 setattr(self, item.name, value := sorted(value))
-            if item.name in RIGHT and not RIGHT[item.name](value):
-                raise UserError(f"{item.name} is {value!r}, which is of the wrong type")
-        for pattern in [*self.rank_pattern, *self.alpha_pattern]:
-            try:
-                re.compile(pattern_in_name(pattern))
-            except NO_REGEX as error:
-                raise UserError(f"rank_pattern and alpha_pattern: {pattern!r} is no regular expression: {error}") from error
-        for name, r in {"r": self.r, **{f"rank_pattern[{key!r}]": r for key, r in self.rank_pattern.items()}}.items():
-            if isinstance(r, bool) or not isinstance(r, int) or not 1 <= r < HIGHEST_RANK:
-                raise UserError(f"{name} is {r!r}; the rank of an adapter is a whole number from 1, and below 2**20")
-        alphas = {"lora_alpha": self.lora_alpha, **{f"alpha_pattern[{key!r}]": a for key, a in self.alpha_pattern.items()}}
-        for name, alpha in alphas.items():
-            if not _is_number(alpha) or not 0 < alpha < LARGEST_ALPHA:
-                raise UserError(f"{name} is {alpha!r}; it must be a number above 0, and one that float32 holds")
-        if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
-            raise UserError(f"lora_dropout is {self.lora_dropout!r}; a probability is at least 0 and less than 1")
-        for name in ("inference_mode", "fan_in_fan_out"):
-            if getattr(self, name) is not False:
-                raise UserError(f"{name} is {getattr(self, name)!r}; this library has False only")
-        if self.bias not in ("none", "all", "lora_only"):
-            raise UserError(f"bias is {self.bias!r}; it can be none, all or lora_only")
-        if self.task_type not in (None, "SEQ_CLS"):
-            raise UserError(f"task_type is {self.task_type!r}; this library has SEQ_CLS only")
-        if self.init_lora_weights not in (True, False, "gaussian"):
-            raise UserError(f"init_lora_weights is {self.init_lora_weights!r}; it can be True, False or 'gaussian'")
+            if not _has_type(value, annotations[item.name]):
+                raise UserError(f"{item.name} is {value!r}. Its type must be {item.type}")
+            choices = CHOICES.get(item.name)
+            if choices and value not in choices:
+                raise UserError(f"{item.name} is {value!r}. Supported: {', '.join(map(str, choices))}")
+        for name, rank in _with_pattern("r", self.r, "rank_pattern", self.rank_pattern):
+            if not 1 <= rank < MAX_RANK:
+                raise UserError(f"{name} is {rank}. The rank must be at least 1 and below 2**20")
+        for name, alpha in _with_pattern("lora_alpha", self.lora_alpha, "alpha_pattern", self.alpha_pattern):
+            if not 0 < alpha < MAX_ALPHA:
+                raise UserError(f"{name} is {alpha}. It must be above 0 and below {MAX_ALPHA:g}")
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(f"lora_dropout is {self.lora_dropout}. It must be at least 0 and less than 1")
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "LoraConfig":
-        """Read an adapter folder's configuration. Raises UserError, by name, for what this library would not obey."""
+    def from_pretrained(cls, folder: str | Path) -> LoraConfig:
+        """Read an adapter folder's configuration. Raises UserError, by name, for an option that is not supported here."""
         path = Path(folder) / CONFIG_FILE
         values = read_json(path)
         if values.get("peft_type") != "LORA":
-            raise UserError(f"{path}: peft_type is {values.get('peft_type')!r}; this library reads LORA only")
+            raise UserError(f"{path}: peft_type is {values.get('peft_type')!r}. Supported: LORA")
         if values.get("init_lora_weights", True) in HARMLESS_INIT:
             values["init_lora_weights"] = True
-        values.pop("inference_mode", None)  # peft writes True always
+        values.pop("inference_mode", None)  # always true in peft's files
         known = {item.name for item in fields(cls)}
         for key, value in values.items():
-            if key not in known and key not in IGNORED and value:  # None, False, {} and [] switch an option off
-                raise UserError(f"{path}: {key} is {value!r}, which this library does not have; load the adapter with peft")
+            if key not in known and key not in IGNORED and value:  # None, False, {} and [] mean that an option is off
+                raise UserError(f"{path}: {key} is {value!r}, an option that is not supported here. Load the adapter with peft")
         values.setdefault("task_type", None)  # peft's default
-        saved = values.get("modules_to_save")
-        if isinstance(values.get("target_modules"), list) and isinstance(saved, list):
-            # for "all-linear" peft lists the head among the targets, and does not adapt it
-            values["target_modules"] = [name for name in values["target_modules"] if name not in saved]
+        targets, in_full = values.get("target_modules"), values.get("modules_to_save")
+        if isinstance(targets, list) and isinstance(in_full, list):
+            # for "all-linear" peft also lists the head as a target, although it does not adapt it
+            values["target_modules"] = [name for name in targets if name not in in_full]
         try:
             return cls(**{key: value for key, value in values.items() if key in known})
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write adapter_config.json: the keys that every version of peft knows, sorted."""
+        """Write adapter_config.json, with sorted keys that every version of peft knows. Raises UserError if it cannot."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         values = {key: sorted(value) if isinstance(value, list) else value for key, value in values.items()}
-        # however A and B started: a trained adapter no longer depends on it
+        # a trained adapter no longer depends on how A and B started
         values |= {"peft_type": "LORA", "inference_mode": True, "init_lora_weights": True}
         text = json.dumps(values, indent=2, sort_keys=True)
         write_file(make_folder(folder) / CONFIG_FILE, text.encode() + b"\n")
 
 
-PeftConfig = LoraConfig  # peft's name for the configuration of any method; LoRA is the one here
+PeftConfig = LoraConfig  # peft's class for all of its methods; here there is one
+
+
+def pattern_in_name(pattern: str) -> str:
+    """The regular expression for names that end in a match of `pattern`, which starts the name or follows a dot."""
+    return rf"(.*\.)?({pattern})$"
+
+
+def _with_pattern(name: str, value: Any, pattern_name: str, patterns: dict[str, Any]) -> list[tuple[str, Any]]:
+    """The general value and those of the patterns, each with its name for a message. Raises UserError for a bad pattern."""
+    for pattern in patterns:
+        try:
+            re.compile(pattern_in_name(pattern))
+        except REGEX_ERRORS as error:
+            raise UserError(f"{pattern_name}: {pattern!r} is not a valid regular expression: {error}") from error
+    return [(name, value), *((f"{pattern_name}[{pattern!r}]", patterns[pattern]) for pattern in patterns)]
+
+
+def _has_type(value: Any, annotation: Any) -> bool:
+    """Whether `value`, which a script or a file of JSON may set to anything, has the type that is written in LoraConfig."""
+    kind, of = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
+    if kind in (types.UnionType, typing.Union):
+        return any(_has_type(value, option) for option in of)
+    if kind is list:
+        return isinstance(value, list) and all(_has_type(item, of[0]) for item in value)
+    if kind is dict:
+        return isinstance(value, dict) and all(_has_type(key, of[0]) and _has_type(item, of[1]) for key, item in value.items())
+    if isinstance(value, bool):  # Python counts True as an int
+        return kind is bool
+    return isinstance(value, int | float if kind is float else kind)

@@ -1,8 +1,8 @@
-"""The one class of error for what the user can mend."""
+"""UserError, the one class of error that a user can fix."""
 
 
 class UserError(ValueError):
-    """What is wrong, where, and what to do, in one line. The command line prints it and exits with status 2.
+    """One line: what is wrong, where, and the remedy. A command line prints it and exits with status 2.
 
-    Anything else that is raised is a bug and keeps its traceback.
+    Any other exception is a bug and keeps its traceback.
     """

@@ -1,4 +1,4 @@
-"""Reading what an adapter folder holds, and writing it whole or not at all."""
+"""Read JSON and safetensors files with clear errors, and write files whole or not at all."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ from lora.errors import UserError
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
-    """The JSON object (or list) in a file. Raises UserError if it is missing or anything else."""
+    """The JSON value in a file, of type `kind`. Raises UserError if it is missing, damaged or of another type."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -22,23 +22,24 @@ def read_json(path: Path, kind: type = dict) -> Any:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON in UTF-8 ({error}): fetch or write it again") from error
+        raise UserError(f"{path} is not JSON in UTF-8 ({error}). Fetch or write it again") from error
     if not isinstance(value, kind):
-        raise UserError(f"{path} holds a JSON {type(value).__name__} where a {kind.__name__} was expected")
+        raise UserError(f"{path} contains a JSON {type(value).__name__}, not a {kind.__name__}. Fetch or write it again")
     return value
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, by name. Raises UserError if it is missing, cut short or of another format."""
+    """The tensors in a safetensors file, by name. Raises UserError if it is missing, cut short or of another format."""
     try:
         return safetensors.torch.load_file(path)
     except FileNotFoundError:
-        raise UserError(f"{path} is missing (weights are read from safetensors files only)") from None
+        raise UserError(f"{path} is missing. Weights are read from safetensors files only") from None
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is not a whole safetensors file ({error}): fetch or write it again") from error
+        raise UserError(f"{path} is not a whole safetensors file ({error}). Fetch or write it again") from error
 
 
 def make_folder(folder: Path | str) -> Path:
+    """Create a folder, and its parents, if it does not exist. Raises UserError if that fails."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
@@ -47,8 +48,10 @@ def make_folder(folder: Path | str) -> Path:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: to a temporary sibling, flushed to disk, then renamed. Makes its folder, but no more:
-    where that one's own folder has vanished, something is wrong."""
+    """Write a file whole or not at all: to a temporary file beside it, flushed to disk, then renamed.
+
+    Creates the file's folder but not the folders above: if those are gone, something is wrong. Raises UserError.
+    """
     temporary = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(exist_ok=True)
@@ -59,12 +62,13 @@ def write_file(path: Path, content: bytes) -> None:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be written: {why(error)}") from error
     finally:
-        with contextlib.suppress(OSError, ValueError):  # it was renamed, or there is no folder for it
+        with contextlib.suppress(OSError, ValueError):  # already renamed, or never written
             temporary.unlink()
 
 
 def flush(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":  # Windows has no handle for a folder
+    """Make sure that a file or folder is on the disk, not only in the system's memory."""
+    if path.is_dir() and os.name == "nt":  # Windows cannot open a folder
         return
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -74,5 +78,5 @@ def flush(path: Path) -> None:
 
 
 def why(error: OSError | ValueError) -> str:
-    """What the system says, or Python of a name that is none (with a NUL, or half a character)."""
+    """The reason for an error in words: the system's, or Python's for an impossible name (with a NUL in it, for example)."""
     return getattr(error, "strerror", None) or str(error)

@@ -1,139 +1,103 @@
-"""LoRA in a whole model, of whatever kind: swap the layers, freeze the rest, count, switch off, merge, take out."""
+"""LoRA in a whole model, of any kind: find the target layers, swap them, freeze the rest.
+
+`inject` is the core. The rest of the file counts parameters, disables and merges the adapters, and takes LoRA out again.
+"""
 
 import contextlib
-import copy
 import typing
 from collections.abc import Iterator
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from lora.biases import check_biases, original_biases, train_biases, unload_biases
 from lora.config import LoraConfig
 from lora.errors import UserError
 from lora.layer import LoRALinear
-from lora.targets import find_head, find_targets, is_within, pattern_value, short_names
+from lora.modules_to_save import ModulesToSaveWrapper
+from lora.targets import find_head, find_targets, pattern_value
 from lora.variants import DoRALinear, initialise
 
 
-class ModulesToSaveWrapper(nn.Module):
-    """A module trained in full, the head as a rule: a float32 copy that is trained beside the frozen original.
-
-    The original is what the switched-off adapter gives back, and what counts the head twice among "all" parameters. Within
-    the model, its keys are those of the two children; in an adapter's file, they are what they were.
-    """
-
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.original_module = module
-        self.trained_module = copy.deepcopy(module).float().requires_grad_(True)
-        self.enabled = True
-        self.train(module.training)
-
-    def __getattr__(self, name: str) -> Any:
-        """What a model asks of its head, such as `classifier.weight`, is asked of the one in use."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name in ("original_module", "trained_module"):  # not there yet
-                raise
-            return getattr(self.trained_module if self.enabled else self.original_module, name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.enabled:
-            return self.original_module(*args, **kwargs)
-        dtype = next((arg.dtype for arg in args if _is_float(arg)), None)
-        own = next((parameter.dtype for parameter in self.trained_module.parameters()), dtype)
-        args = tuple(arg.to(own) if _is_float(arg) else arg for arg in args)
-        output = self.trained_module(*args, **kwargs)
-        return output.to(dtype) if dtype and isinstance(output, Tensor) else output  # over 16-bit weights, 16 bits again
-
-
-@torch.inference_mode(False)  # where it is on, tensors are made that can never be trained
+@torch.inference_mode(False)  # a tensor made in inference mode could never be trained
 def inject(model: nn.Module, config: LoraConfig) -> None:
-    """Put LoRA into `model`, in place, and freeze all of it but the adapters, the head and the biases asked for.
+    """Put LoRA into `model`, in place. Only the adapters, the head and the biases that `config` asks for stay trainable.
 
-    Raises UserError, with `model` untouched, if LoRA is in it already, and for names in `config` that it does not have, that
-    are no linear layers, or that belong to the head.
+    Raises UserError, with `model` unchanged, if it contains LoRA already, or if `config` names a layer that is missing, not
+    linear, or part of the head.
     """
     if any(isinstance(module, LoRALinear | ModulesToSaveWrapper) for module in model.modules()):
-        raise UserError("LoRA is in this model already: unload() it first")
+        raise UserError("this model contains LoRA already. Call unload() first")
     head = find_head(model, config)
     targets = find_targets(model, config, head)
-    if config.bias != "none" and any(p.dtype != torch.float32 for name, p in model.named_parameters() if name.endswith("bias")):
-        raise UserError(f"bias is {config.bias!r}: what is trained is float32, so load the base model with biases in float32")
+    check_biases(model, config.bias)
 
     model.requires_grad_(False)
     for name in targets:
         linear = typing.cast(nn.Linear, model.get_submodule(name))
-        r = pattern_value(config.rank_pattern, name, config.r)
-        alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
-        kind = DoRALinear if config.use_dora else LoRALinear
-        layer = kind.from_linear(linear, r, alpha, config.lora_dropout, config.use_rslora)
-        initialise(layer, config.init_lora_weights)
-        _put(model, name, layer)
-        if config.bias == "lora_only":
-            _train_bias(layer)
-    if config.bias == "all":
-        for name, module in model.named_modules():
-            if not is_within(name, head):
-                _train_bias(module)
+        _replace(model, name, _lora_layer(linear, name, config))
+    train_biases(model, config.bias, head)
     for name in head:
-        _put(model, name, ModulesToSaveWrapper(model.get_submodule(name).requires_grad_(False)))
+        _replace(model, name, ModulesToSaveWrapper(model.get_submodule(name).requires_grad_(False)))
 
 
-def adapted(model: nn.Module) -> list[str]:
-    """What a list of targets calls the layers that have LoRA beside them."""
-    return short_names(model, [name for name, module in model.named_modules() if isinstance(module, LoRALinear)])
+def _lora_layer(linear: nn.Linear, name: str, config: LoraConfig) -> LoRALinear:
+    r = pattern_value(config.rank_pattern, name, config.r)
+    alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
+    kind = DoRALinear if config.use_dora else LoRALinear
+    layer = kind.from_linear(linear, r, alpha, config.lora_dropout, config.use_rslora)
+    initialise(layer, config.init_lora_weights)
+    return layer
 
 
-def saved(model: nn.Module) -> list[str]:
-    """What a list of modules to save calls those that are trained in full."""
-    return short_names(model, [name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)])
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all), counted as peft counts: a trained head beside its frozen original counts twice among all."""
+    """(trainable, all) parameters, as peft counts: a trained head and its frozen original both count among all."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return sum(size for size, trainable in sizes if trainable), sum(size for size, _ in sizes)
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
+    """Print both counts and the percentage that is trainable, in peft's words."""
     trainable, total = count_parameters(model)
     print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
 
 
 @contextlib.contextmanager
-def disabled(model: nn.Module) -> Iterator[None]:
-    """Within the block, `model` is the base model exactly, head and biases included; after it, what it was before."""
-    layers = [module for module in model.modules() if isinstance(module, LoRALinear | ModulesToSaveWrapper)]
-    enabled = [layer.enabled for layer in layers]
-    merged = [layer for layer in layers if isinstance(layer, LoRALinear) and layer.merged]
-    biases = [m for m in model.modules() if hasattr(m, "original_bias") and m.trained_bias is None]  # not switched off yet
-    try:
-        for layer in layers:
-            layer.enabled = False
-        for layer in merged:
-            layer.unmerge()
-        for module in biases:
-            module.trained_bias, module.bias.data = module.bias.data, module.original_bias
-        yield
-    finally:
-        for module in biases:
-            module.bias.data, module.trained_bias = module.trained_bias, None  # type: ignore[assignment]
-        for layer in merged:
-            layer.merge()
-        for layer, was in zip(layers, enabled, strict=True):
-            layer.enabled = was
+def disable_adapter(model: nn.Module) -> Iterator[None]:
+    """Within the block `model` is exactly the base model, head and biases included. After it, the state before is back."""
+    modules = [module for module in model.modules() if isinstance(module, LoRALinear | ModulesToSaveWrapper)]
+    enabled = [module.enabled for module in modules]
+    merged = [module for module in modules if isinstance(module, LoRALinear) and module.merged]
+    with original_biases(model):
+        try:
+            for module in modules:
+                module.enabled = False
+            for layer in merged:
+                layer.unmerge()
+            yield
+        finally:
+            for layer in merged:
+                layer.merge()
+            for module, was_enabled in zip(modules, enabled, strict=True):
+                module.enabled = was_enabled
 
 
 def merge(model: nn.Module) -> None:
-    """Merge every adapter into its weight, all of them or, if one is not finite (UserError), none."""
+    """Merge every adapter into its weight.
+
+    Raises UserError, with every weight unchanged, if a sum is not finite, if an adapted weight is shared with another module,
+    or within a `disable_adapter` block.
+    """
     _refuse_while_disabled(model)
     layers = [module for module in model.modules() if isinstance(module, LoRALinear) and not module.merged]
-    holders = [id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False)]
-    if any(holders.count(id(layer.weight)) > 1 for layer in layers):
-        raise UserError("an adapted layer shares its weight with another module, which a merge would change: leave it unmerged")
+    owned = [id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False)]
+    if any(owned.count(id(layer.weight)) > 1 for layer in layers):
+        raise UserError("an adapted layer shares its weight with another module, which a merge would change too. Do not merge")
     try:
         for layer in layers:
             layer.merge()
@@ -144,7 +108,7 @@ def merge(model: nn.Module) -> None:
 
 
 def unmerge(model: nn.Module) -> None:
-    """Make every weight W0 again, bit for bit."""
+    """Set every adapted weight back to W0, bit for bit. Raises UserError within a `disable_adapter` block."""
     _refuse_while_disabled(model)
     for module in model.modules():
         if isinstance(module, LoRALinear):
@@ -153,45 +117,24 @@ def unmerge(model: nn.Module) -> None:
 
 @torch.inference_mode(False)
 def unload(model: nn.Module, merged: bool) -> None:
-    """Take LoRA out: `model` as it was before, or, `merged`, with dW in its weights and the trained head in place.
+    """Take LoRA out of `model`, in place. All parameters stay frozen.
 
-    Its parameters stay frozen. Raises UserError, as merge() does, if a sum is not finite.
+    `merged`: keep what was learned (dW in the weights, the trained head and biases). Otherwise restore the base model.
+    Raises UserError as `merge` does.
     """
     if merged:
         merge(model)
     else:
         unmerge(model)
+    unload_biases(model, trained=merged)
     for name, module in list(model.named_modules()):
-        if hasattr(module, "original_bias"):
-            module.bias.data = module.bias.data.to(module.original_bias.dtype) if merged else module.original_bias
-            del module.original_bias, module.trained_bias
         if isinstance(module, LoRALinear):
-            linear = nn.Linear(module.in_features, module.out_features, device="meta")
-            linear.weight, linear.bias = module.weight, module.bias  # type: ignore[assignment]
-            _put(model, name, linear.train(module.training))
+            _replace(model, name, module.to_linear())
         elif isinstance(module, ModulesToSaveWrapper):
-            dtype = next((parameter.dtype for parameter in module.original_module.parameters()), None)
-            _put(model, name, module.trained_module.to(dtype) if merged else module.original_module)
+            _replace(model, name, module.unwrap(trained=merged))
     model.requires_grad_(False)
 
 
 def _refuse_while_disabled(model: nn.Module) -> None:
     if any(isinstance(module, LoRALinear | ModulesToSaveWrapper) and not module.enabled for module in model.modules()):
-        raise UserError("the adapter is switched off here: do this outside the disable_adapter() block")
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
-
-
-def _train_bias(module: nn.Module) -> None:
-    bias = getattr(module, "bias", None)
-    if isinstance(bias, nn.Parameter) and not bias.requires_grad:  # else it is another module's, too, and prepared there
-        module.register_buffer("original_bias", bias.detach().clone(), persistent=False)  # what disabled() gives back ...
-        module.register_buffer("trained_bias", None, persistent=False)  # ... and where the trained one is until then
-        bias.requires_grad_(True)
-
-
-def _is_float(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
+        raise UserError("the adapter is disabled here. Do this outside the disable_adapter() block")

@@ -1,4 +1,4 @@
-"""The verbs that peft's users know, each a line or two over lora/inject.py and lora/adapter.py."""
+"""PeftModel and get_peft_model: the methods that peft's users know, each a line or two over inject.py and adapter.py."""
 
 import contextlib
 import copy
@@ -11,10 +11,13 @@ from torch import Tensor, nn
 
 from lora import adapter, inject
 from lora.config import LoraConfig
+from lora.layer import LoRALinear
+from lora.modules_to_save import ModulesToSaveWrapper
+from lora.targets import short_names
 
 
 class PeftModel(nn.Module):
-    """A model with LoRA in it. Whatever is not found here is the wrapped model's own."""
+    """A model with LoRA in it. Attributes that are not defined here are those of the wrapped model, `base_model`."""
 
     base_model: nn.Module
 
@@ -23,13 +26,14 @@ class PeftModel(nn.Module):
         self._attach(model, config)
 
     def _attach(self, model: nn.Module, config: LoraConfig) -> None:
-        model = model.base_model if isinstance(model, PeftModel) else model  # unloaded, as inject will see
+        model = model.base_model if isinstance(model, PeftModel) else model  # a wrapper that was left after unload()
         inject.inject(model, config)
         self.base_model = model
+        targets = _names_of(model, LoRALinear) if config.target_modules == "all-linear" else config.target_modules
         self.peft_config = dataclasses.replace(
             config,
-            target_modules=inject.adapted(model) if config.target_modules == "all-linear" else config.target_modules,
-            modules_to_save=inject.saved(model),
+            target_modules=targets,
+            modules_to_save=_names_of(model, ModulesToSaveWrapper),
             base_model_name_or_path=config.base_model_name_or_path or getattr(model, "name_or_path", None) or None,
         )
 
@@ -40,7 +44,7 @@ class PeftModel(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_model":  # not there yet
+            if name == "base_model":  # not set yet
                 raise
             return getattr(self.base_model, name)
 
@@ -55,36 +59,41 @@ class PeftModel(nn.Module):
         inject.print_trainable_parameters(self)
 
     def disable_adapter(self) -> contextlib.AbstractContextManager[None]:
-        """`with model.disable_adapter():` the model is the base model exactly, its original head included."""
-        return inject.disabled(self)
+        """`with model.disable_adapter():` within the block this is exactly the base model, its original head included."""
+        return inject.disable_adapter(self)
 
     def merge_adapter(self) -> None:
-        """Add every dW to its W0. While merged, adapters are not trained. UserError if a sum is not finite."""
+        """Add every dW to its W0. A merged adapter is not trained. Raises UserError if a sum is not finite."""
         inject.merge(self)
 
     def unmerge_adapter(self) -> None:
-        """Every W0 as it was, bit for bit."""
+        """Restore every W0, bit for bit."""
         inject.unmerge(self)
 
     def merge_and_unload(self) -> nn.Module:
-        """The model passed to get_peft_model, with the adapters added to its weights and the trained head in its place."""
+        """The original model object, with every dW added to its weight and the trained head in place. Its parameters stay
+        frozen. Raises UserError if a sum is not finite."""
         inject.unload(self.base_model, merged=True)
         return self.base_model
 
     def unload(self) -> nn.Module:
-        """The model passed to get_peft_model as it was, its original head included; its parameters stay frozen."""
+        """The original model object as it was before LoRA, head included, except that its parameters stay frozen."""
         inject.unload(self.base_model, merged=False)
         return self.base_model
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the adapter into `folder` as peft does: configuration, weights (head included), model card. No network."""
+        """Write the adapter into `folder` as peft does: configuration and weights, head included.
+
+        Raises UserError if a weight is not finite, if `folder` holds a whole model, or if it cannot be written.
+        """
         adapter.save_adapter(self.base_model, self.peft_config, folder)
 
     @classmethod
     def from_pretrained(cls, model: nn.Module, folder: str | Path, *, is_trainable: bool = False) -> "PeftModel":
-        """Put a saved adapter, ours or peft's, into `model`, in place; frozen and in evaluation mode unless `is_trainable`.
+        """Load an adapter, written here or by peft, into `model`, in place. It is frozen and in evaluation mode unless
+        `is_trainable`.
 
-        Raises UserError, with `model` untouched, if the folder is no adapter or not one for this model.
+        Raises UserError, with `model` unchanged, if the folder holds no adapter or one that does not fit the model.
         """
         config, tensors = _read_for(model, folder)
         loaded = cls(model, config)
@@ -92,10 +101,10 @@ class PeftModel(nn.Module):
         return loaded
 
     def load_adapter(self, folder: str | Path, *, is_trainable: bool = False) -> None:
-        """Another adapter in place of this one, on the same base model, which is neither copied nor loaded again.
+        """Replace this adapter with another. The base model is neither copied nor loaded again.
 
-        (peft's puts it beside the present one, under a name of its own.)
-        Raises UserError, with the present adapter untouched, if the folder is no adapter or not one for this model.
+        (In peft the new adapter joins the present one, under a name of its own.) Raises UserError, with the present adapter
+        unchanged, if the folder holds no adapter or one that does not fit the model.
         """
         config, tensors = _read_for(self.base_model, folder)
         self._attach(self.unload(), config)
@@ -110,25 +119,29 @@ class PeftModel(nn.Module):
 
 
 def get_peft_model(model: nn.Module, config: LoraConfig) -> PeftModel:
-    """Put LoRA into `model` (in place: no weight is copied but the head's) and wrap it.
+    """Put LoRA into `model` and wrap it. This happens in place; only the head is copied.
 
-    Raises UserError if LoRA is in the model already, and for names in `config` that the model does not have, that are no
-    linear layers, or that belong to the head.
+    Raises UserError, with `model` unchanged, if it contains LoRA already, or if `config` names a layer that is missing, not
+    linear, or part of the head.
     """
     return PeftModel(model, config)
 
 
+def _names_of(model: nn.Module, kind: type[nn.Module]) -> list[str]:
+    return short_names(model, [name for name, module in model.named_modules() if isinstance(module, kind)])
+
+
 def _read_for(model: nn.Module, folder: str | Path) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """An adapter's configuration and tensors, tried first on a copy of the model without its data: nothing is loaded half."""
+    """Read an adapter and check that it fits, on a copy of the model without data: a bad adapter changes nothing."""
     config, tensors = adapter.read_adapter(folder)
     model = model.base_model if isinstance(model, PeftModel) else model
     data = [*model.parameters(), *model.buffers()]
-    skeleton = copy.deepcopy(model, {id(tensor): _shape_of(tensor) for tensor in data})
+    skeleton = copy.deepcopy(model, {id(tensor): _without_data(tensor) for tensor in data})
     inject.unload(skeleton, merged=False)
     inject.inject(skeleton, config)
     return config, adapter.match_tensors(skeleton, tensors, Path(folder) / adapter.WEIGHTS_FILE)
 
 
-def _shape_of(tensor: Tensor) -> Tensor:
-    shape = torch.empty_like(tensor, device="meta")
-    return nn.Parameter(shape, requires_grad=False) if isinstance(tensor, nn.Parameter) else shape
+def _without_data(tensor: Tensor) -> Tensor:
+    empty = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty

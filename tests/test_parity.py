@@ -1,7 +1,6 @@
-"""The same adapter in peft and here: `torch.equal` in forward, loss, gradients, merged weights and after 20 steps of AdamW.
+"""The same adapter in peft and here: logits, loss, gradients, merged weights and 20 steps of AdamW are equal, bit for bit.
 
-A fresh adapter changes nothing, and beside a trained head a small one hardly shows, so A and B are perturbed strongly: a
-forgotten scale or one layer left out moves the logits by far more than rounding does.
+A and B are perturbed strongly (`helpers.perturb`), so that a forgotten scale or layer changes far more than rounding does.
 """
 
 import json
@@ -13,16 +12,17 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 import transformers
+from helpers import Q_V, base_model, batch, logits, perturb, trainable
 
-from lora import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from lora import NO_TARGETS, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from lora.adapter import adapter_tensors
-from lora.inject import ModulesToSaveWrapper
 from lora.layer import LoRALinear
+from lora.modules_to_save import ModulesToSaveWrapper
 from model import DistilBertConfig, DistilBertForSequenceClassification, load_pretrained, save_pretrained
 
 DISTILBERT = {
     "r=2": {"r": 2, "lora_alpha": 16},
-    "r=3, a scale that is no power of two": {"r": 3, "lora_alpha": 16},
+    "r=3, a scale that is not a power of two": {"r": 3, "lora_alpha": 16},
     "q, k, v, out": {"r": 3, "target_modules": ["q_lin", "k_lin", "v_lin", "out_lin"]},
     "all-linear": {"r": 3, "target_modules": "all-linear", "modules_to_save": ["pre_classifier", "classifier"]},
     "regular expression": {"r": 3, "target_modules": r".*\.layer\.1\.attention\.(k|v)_lin"},
@@ -35,8 +35,8 @@ DISTILBERT = {
     "init False": {"r": 3, "init_lora_weights": False},
     "patterns": {"r": 2, "rank_pattern": {"q_lin": 4, "layer.1.attention.v_lin": 3}, "alpha_pattern": {"q_lin": 32}},
     "one layer": {"r": 3, "layers_to_transform": [1]},
-    "the head alone": {"r": 3, "target_modules": "dummy-target-modules"},
-    "a LayerNorm trained, too": {"r": 3, "modules_to_save": ["sa_layer_norm"]},
+    "the head alone": {"r": 3, "target_modules": NO_TARGETS},
+    "a LayerNorm is trained": {"r": 3, "modules_to_save": ["sa_layer_norm"]},
 }
 BERT = {
     "r=3": {"r": 3, "lora_alpha": 16, "target_modules": ["query", "value"]},
@@ -48,38 +48,12 @@ NAMES = [f"distilbert: {name}" for name in DISTILBERT] + [f"bert: {name}" for na
 each_configuration = pytest.mark.parametrize(("kind", "options"), CASES, ids=NAMES)
 
 
-def base_model(kind: str, dropout: float = 0.0) -> transformers.PreTrainedModel:
-    torch.manual_seed(0)
-    if kind == "distilbert":
-        rates = {"dropout": dropout, "attention_dropout": dropout, "seq_classif_dropout": dropout}
-        shape = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64}
-        config = transformers.DistilBertConfig(vocab_size=99, max_position_embeddings=40, num_labels=4, **shape, **rates)
-        model = transformers.DistilBertForSequenceClassification(config)
-    else:
-        rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-        shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-        config = transformers.BertConfig(vocab_size=99, max_position_embeddings=40, num_labels=4, **shape, **rates)
-        model = transformers.BertForSequenceClassification(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * (0.2 if parameter.dim() > 1 else 0.1) + (parameter == 1))
-    return model.eval()
-
-
-def perturb(model: torch.nn.Module) -> None:
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter), alpha=0.5 if "lora_A" in name or "lora_B" in name else 0.05)
-
-
 def with_defaults(options: dict) -> dict:
-    return {"task_type": "SEQ_CLS", "target_modules": ["q_lin", "v_lin"]} | options
+    return {"task_type": "SEQ_CLS", "target_modules": Q_V} | options
 
 
 def pair(kind: str, options: dict, folder, dropout: float = 0.0) -> tuple[peft.PeftModel, PeftModel]:
-    """The same perturbed adapter in peft and here, where it comes from peft's files."""
+    """The same perturbed adapter in peft and here, loaded from peft's files."""
     options = with_defaults(options) | {"lora_dropout": dropout}
     theirs = peft.get_peft_model(base_model(kind, dropout), peft.LoraConfig(**options))
     perturb(theirs)
@@ -87,15 +61,9 @@ def pair(kind: str, options: dict, folder, dropout: float = 0.0) -> tuple[peft.P
     return theirs, PeftModel.from_pretrained(base_model(kind, dropout), folder, is_trainable=True)
 
 
-def batch() -> dict[str, torch.Tensor]:
-    torch.manual_seed(2)
-    mask = torch.arange(15) < torch.tensor([15, 7, 11, 3])[:, None]
-    return {"input_ids": torch.randint(5, 99, (4, 15)), "attention_mask": mask.long(), "labels": torch.tensor([0, 3, 1, 2])}
-
-
 def their_parameters(model: peft.PeftModel) -> dict[str, torch.nn.Parameter]:
     """What peft trains, under the keys of its files."""
-    names = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    names: dict[str, torch.nn.Parameter] = trainable(model)
     for part, instead in ((".modules_to_save.default", ""), ("vector.default.weight", "vector"), (".default", "")):
         names = {name.replace(part, instead): parameter for name, parameter in names.items()}
     return names
@@ -123,13 +91,8 @@ def gradients(parameters: dict[str, torch.nn.Parameter]) -> dict[str, torch.Tens
     return {key: parameter.grad for key, parameter in parameters.items()}
 
 
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**batch()).logits
-
-
 @each_configuration
-def test_forward_loss_and_every_gradient_are_equal_bit_for_bit(kind, options, tmp_path):
+def test_logits_loss_and_gradients_are_equal(kind, options, tmp_path):
     theirs, ours = pair(kind, options, tmp_path)
     base = base_model(kind)
     assert torch.equal(logits(ours), logits(theirs))
@@ -144,7 +107,7 @@ def test_forward_loss_and_every_gradient_are_equal_bit_for_bit(kind, options, tm
 
 @each_configuration
 @pytest.mark.parametrize("dropout", [0.0, 0.2], ids=["dropout off", "dropout on"])
-def test_every_trained_tensor_is_equal_after_20_steps_of_adamw(kind, options, dropout, tmp_path):
+def test_20_steps_of_adamw_are_equal(kind, options, dropout, tmp_path):
     theirs, ours = pair(kind, options, tmp_path, dropout)
     before = {key: tensor.clone() for key, tensor in adapter_tensors(ours.base_model).items()}
     for model, parameters in ((theirs, their_parameters(theirs)), (ours, our_parameters(ours))):
@@ -160,7 +123,7 @@ def test_every_trained_tensor_is_equal_after_20_steps_of_adamw(kind, options, dr
 
 
 @each_configuration
-def test_merged_weights_are_equal_bit_for_bit(kind, options, tmp_path):
+def test_merged_weights_are_equal(kind, options, tmp_path):
     theirs, ours = pair(kind, options, tmp_path)
     before = logits(ours)
     merged = ours.merge_and_unload()
@@ -169,7 +132,7 @@ def test_merged_weights_are_equal_bit_for_bit(kind, options, tmp_path):
 
 
 @each_configuration
-def test_files_go_from_here_to_peft_and_back_and_nothing_changes(kind, options, tmp_path):
+def test_our_files_load_in_peft_and_return(kind, options, tmp_path):
     torch.manual_seed(4)
     ours = get_peft_model(base_model(kind), LoraConfig(**with_defaults(options)))
     perturb(ours)
@@ -185,24 +148,24 @@ def test_files_go_from_here_to_peft_and_back_and_nothing_changes(kind, options, 
     assert_equal(second, first)
 
 
-def test_files_of_peft_come_here_and_go_back_and_the_tensors_are_equal(tmp_path):
+def test_files_of_peft_load_here_and_return(tmp_path):
     theirs, ours = pair("distilbert", DISTILBERT["DoRA"], tmp_path / "theirs")
     ours.save_pretrained(tmp_path / "ours")
-    back = peft.PeftModel.from_pretrained(base_model("distilbert"), tmp_path / "ours")
+    back = peft.PeftModel.from_pretrained(base_model(), tmp_path / "ours")
     assert torch.equal(logits(back), logits(theirs))
     assert_equal(*(safetensors.torch.load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs")))
 
 
 @pytest.mark.parametrize("options", DISTILBERT.values(), ids=DISTILBERT)
-def test_on_our_own_distilbert_logits_and_gradients_are_peft_s_to_1e_5(options, tmp_path):
-    """Its last layer computes one row only, so products are summed in another order; with fewer rows, that is all."""
+def test_our_own_distilbert_is_equal_to_1e_5(options, tmp_path):
+    """Logits and gradients. Its last layer computes a single row, so products are summed in another order."""
     theirs, _ = pair("distilbert", options, tmp_path)
     config = DistilBertConfig(
         vocab_size=99, max_position_embeddings=40, dim=32, n_layers=2, n_heads=4, hidden_dim=64, num_labels=4, dropout=0.0,
         attention_dropout=0.0, seq_classif_dropout=0.0,
     )  # fmt: skip
     base = DistilBertForSequenceClassification(config)
-    base.load_state_dict(base_model("distilbert").state_dict())
+    base.load_state_dict(base_model().state_dict())
     ours = PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
     inputs = batch()
     labels = inputs.pop("labels")
@@ -217,8 +180,8 @@ def test_on_our_own_distilbert_logits_and_gradients_are_peft_s_to_1e_5(options, 
         torch.testing.assert_close(parameter.grad, expected[key].grad, atol=1e-5, rtol=1e-4, msg=key)
 
 
-def test_on_the_real_minilm_encoder_logits_and_gradients_are_peft_s_bit_for_bit(tmp_path):
-    """In the model as transformers loads it from our export; and our own network gives the same to 1e-5."""
+def test_the_real_minilm_encoder_is_equal(tmp_path):
+    """Logits and gradients, as transformers loads the encoder from our export; our own network is equal to 1e-5."""
     base, tokenizer = load_pretrained("minilm", 4)
     save_pretrained(base, tokenizer, tmp_path / "base")
     models = [transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base") for _ in range(2)]
@@ -245,13 +208,14 @@ def test_on_the_real_minilm_encoder_logits_and_gradients_are_peft_s_bit_for_bit(
     torch.testing.assert_close(own(inputs["input_ids"]), expected, atol=1e-5, rtol=0)
 
 
-def test_the_config_file_holds_the_long_lived_keys_sorted_and_the_same_bytes_every_time(tmp_path):
+def test_the_files_are_the_same_bytes_every_time(tmp_path):
+    """The configuration holds, sorted, the keys that every version of peft knows; the weights are float32."""
     for name in ("one", "two"):
         torch.manual_seed(0)
-        model = get_peft_model(base_model("distilbert"), LoraConfig(r=2, lora_alpha=16, target_modules=["v_lin", "q_lin"]))
+        model = get_peft_model(base_model(), LoraConfig(r=2, lora_alpha=16, target_modules=["v_lin", "q_lin"]))
         model.save_pretrained(tmp_path / name)
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert files == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert files == ["adapter_config.json", "adapter_model.safetensors"]
     assert all((tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes() for file in files)
     config = json.loads((tmp_path / "one" / "adapter_config.json").read_text())
     assert list(config) == sorted(config)
@@ -265,25 +229,26 @@ def test_the_config_file_holds_the_long_lived_keys_sorted_and_the_same_bytes_eve
     assert PeftConfig.from_pretrained(tmp_path / "one").target_modules == ["q_lin", "v_lin"]
     with safetensors.safe_open(tmp_path / "one" / "adapter_model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
-        assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float32}  # noqa: SIM118 - no mapping
+        assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float32}  # noqa: SIM118 - not a dict
     LoraConfig(init_lora_weights="gaussian").save_pretrained(tmp_path / "one")
     assert json.loads((tmp_path / "one" / "adapter_config.json").read_text())["init_lora_weights"] is True
 
 
 @pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
-def test_saving_while_merged_or_switched_off_writes_the_same_bytes(tmp_path, bias):
-    model = get_peft_model(base_model("distilbert"), LoraConfig(r=3, target_modules=["q_lin", "v_lin"], bias=bias))
+def test_merged_or_disabled_the_saved_bytes_are_the_same(tmp_path, bias):
+    model = get_peft_model(base_model(), LoraConfig(r=3, target_modules=["q_lin", "v_lin"], bias=bias))
     perturb(model)
     model.save_pretrained(tmp_path / "plain")
     with model.disable_adapter():
-        model.save_pretrained(tmp_path / "off")
+        model.save_pretrained(tmp_path / "disabled")
     model.merge_adapter()
     model.save_pretrained(tmp_path / "merged")
     expected = (tmp_path / "plain" / "adapter_model.safetensors").read_bytes()
-    assert all((tmp_path / name / "adapter_model.safetensors").read_bytes() == expected for name in ("off", "merged"))
+    assert all((tmp_path / name / "adapter_model.safetensors").read_bytes() == expected for name in ("disabled", "merged"))
 
 
-def test_one_base_serves_many_tasks_and_no_weight_of_it_is_copied_or_loaded_again(tmp_path):
+def test_one_base_model_serves_many_adapters(tmp_path):
+    """Its weights are neither copied nor loaded again, and unloading restores them."""
     options = {
         "first": {"r": 2},
         "second": {"r": 3, "use_dora": True, "target_modules": ["k_lin"]},
@@ -293,7 +258,7 @@ def test_one_base_serves_many_tasks_and_no_weight_of_it_is_copied_or_loaded_agai
     for name, config in options.items():
         theirs, _ = pair("distilbert", config, tmp_path / name)
         expected[name] = logits(theirs)
-    base = base_model("distilbert")
+    base = base_model()
     untouched = logits(base)
     embeddings = base.distilbert.embeddings.word_embeddings.weight
     model = PeftModel.from_pretrained(base, tmp_path / "first")

@@ -126,11 +126,11 @@ def test_an_adapter_written_by_peft_is_taken_with_the_base_that_it_or_the_user_n
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": None}))
     assert "Pass it with --model" in refused(capsys, tmp_path / "adapter", "A text.")
     assert labelled(capsys, tmp_path / "adapter", "--json", "A text.", "--model", base)[0] == answer
-    assert "another base model" in refused(capsys, tmp_path / "adapter", "A text.", "--model", "minilm")
+    assert "Load the base model of the adapter" in refused(capsys, tmp_path / "adapter", "A text.", "--model", "minilm")
 
 
 def test_what_the_user_can_mend_is_one_line_and_status_2(whole_run, capsys, tmp_path):
-    assert "is no adapter" in refused(capsys, tmp_path, "A text.")
+    assert "is not an adapter" in refused(capsys, tmp_path, "A text.")
     assert "--max-length is 513" in refused(capsys, whole_run[0], "A text.", "--max-length", 513)
     assert "cannot be read" in refused(capsys, whole_run[0], "--input", tmp_path / "none.txt")
     assert "--device is gpu" in refused(capsys, whole_run[0], "A text.", "--device", "gpu")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 from data import micro_batches
 from lora import LoRALinear, PeftModel
-from lora.inject import ModulesToSaveWrapper
+from lora.modules_to_save import ModulesToSaveWrapper
 from training.checkpoint import sha256, trained_parameters
 from training.evaluation import Examples, ModelRunner
 from training.options import Options

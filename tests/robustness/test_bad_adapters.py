@@ -1,4 +1,4 @@
-"""A damaged, foreign or dishonest adapter is refused in one line that says what to do, and the model is not touched."""
+"""A damaged, foreign or hostile adapter is refused with one line that says what to do, and the model does not change."""
 
 import json
 from pathlib import Path
@@ -7,20 +7,17 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from test_parity import base_model, logits, perturb
+from helpers import adapted, base_model, layers, logits, perturb
 
-from common.errors import UserError
-from lora import LoraConfig, PeftModel, get_peft_model
-from lora.layer import LoRALinear
+from lora import LoraConfig, PeftModel
+from lora.errors import UserError
 
 Q_LIN = "base_model.model.distilbert.transformer.layer.0.attention.q_lin"
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    model = get_peft_model(base_model("distilbert"), LoraConfig(r=3, target_modules=["q_lin", "v_lin"]))
-    perturb(model)
-    model.save_pretrained(tmp_path)
+    perturb(adapted()).save_pretrained(tmp_path)
     return tmp_path
 
 
@@ -37,19 +34,18 @@ def change_config(folder: Path, **values) -> None:
 
 
 def refusal(folder: Path, base: torch.nn.Module | None = None) -> str:
-    """The one line with which the adapter is refused, on a fresh model and in place of another adapter; neither is touched."""
-    base = base or base_model("distilbert")
+    """The message. The adapter is loaded into a fresh model and in place of another adapter; neither may change."""
+    base = base or base_model()
     before = logits(base) if base.config.vocab_size == 99 else None
     with pytest.raises(UserError) as caught:
         PeftModel.from_pretrained(base, folder)
-    assert not any(isinstance(module, LoRALinear) for module in base.modules())
+    assert not layers(base)
     assert all(parameter.requires_grad for parameter in base.parameters())
     if before is not None:
         assert torch.equal(logits(base), before)
 
     name = "query" if hasattr(base, "bert") else "q_lin"
-    model = get_peft_model(base, LoraConfig(r=2, target_modules=[name]))
-    perturb(model)
+    model = perturb(adapted(base, target_modules=[name]))
     adapter = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     with pytest.raises(UserError):
         model.load_adapter(folder)
@@ -78,39 +74,39 @@ def test_a_head_missing(folder):
 
 def test_a_tensor_too_many(folder):
     change_tensors(folder, lambda tensors: tensors.update({"foo.weight": torch.zeros(1)}))
-    assert "holds foo.weight" in refusal(folder)
+    assert "contains foo.weight, which this model does not have" in refusal(folder)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_numbers_that_are_none(folder, value):
+def test_nan_and_infinity(folder, value):
     change_tensors(folder, lambda tensors: tensors[f"{Q_LIN}.lora_A.weight"].view(-1)[5:6].fill_(value))
-    assert f"{Q_LIN}.lora_A.weight holds what is no finite number" in refusal(folder)
+    assert f"{Q_LIN}.lora_A.weight contains NaN or infinity" in refusal(folder)
 
 
-def test_whole_numbers(folder):
+def test_integers(folder):
     change_tensors(folder, lambda tensors: tensors.update({f"{Q_LIN}.lora_A.weight": torch.zeros(3, 32, dtype=torch.int64)}))
-    assert "no finite number" in refusal(folder)
+    assert "contains torch.int64, not floating-point numbers" in refusal(folder)
 
 
-def test_a_rank_other_than_the_configuration_s(folder):
+def test_another_rank_than_configured(folder):
     change_config(folder, r=4)
-    assert "lora_A.weight is (3, 32), and the model wants (4, 32)" in refusal(folder)
+    assert "lora_A.weight is (3, 32), in the model (4, 32)" in refusal(folder)
 
 
-def test_another_number_of_classes_in_plain_words(folder):
+def test_another_number_of_classes(folder):
     change_tensors(folder, lambda t: t.update({key: t[key][:2].clone() for key in t if ".classifier." in key}))
-    assert "has 2 classes and the model 4: load the base model for 2 classes" in refusal(folder)
+    assert "has 2 classes, the model 4. Load the base model with num_labels=2" in refusal(folder)
 
 
 def test_another_base_model(folder):
     torch.manual_seed(0)
     shape = {"vocab_size": 99, "dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 64}
     wider = transformers.DistilBertForSequenceClassification(transformers.DistilBertConfig(**shape, num_labels=4)).eval()
-    assert "is (4, 32), and the model wants (4, 64): it was trained on another base model" in refusal(folder, wider)
+    assert "is (4, 32), in the model (4, 64). Load the base model of the adapter" in refusal(folder, wider)
 
 
 def test_another_kind_of_model(folder):
-    assert "no module is called 'pre_classifier'" in refusal(folder, base_model("bert"))
+    assert "no module is named 'pre_classifier'" in refusal(folder, base_model("bert"))
 
 
 def test_a_target_without_tensors(folder):
@@ -122,7 +118,7 @@ def test_a_target_without_tensors(folder):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"peft_type": "IA3"}, "peft_type is 'IA3'; this library reads LORA only"),
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'. Supported: LORA"),
         ({"peft_type": None}, "peft_type is None"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
         ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora'"),
@@ -141,21 +137,26 @@ def test_a_target_without_tensors(folder):
         ({"target_modules": None}, "target_modules is empty"),
         ({"target_modules": 7}, "target_modules is 7"),
         ({"target_modules": [7]}, "target_modules is [7]"),
+        ({"target_modules": {"q_lin": 1}}, "target_modules is {'q_lin': 1}"),
+        ({"layers_to_transform": [True]}, "layers_to_transform is [True]"),
+        ({"alpha_pattern": {"q_lin": [1]}}, "alpha_pattern is {'q_lin': [1]}"),
+        ({"base_model_name_or_path": ["a"]}, "base_model_name_or_path is ['a']"),
         ({"rank_pattern": []}, "rank_pattern is []"),
-        ({"rank_pattern": {"q_lin": "two"}}, "rank_pattern['q_lin'] is 'two'"),
-        ({"rank_pattern": {"(": 2}}, "'(' is no regular expression"),
+        ({"rank_pattern": {"q_lin": "two"}}, "rank_pattern is {'q_lin': 'two'}. Its type must be dict[str, int]"),
+        ({"rank_pattern": {"(": 2}}, "'(' is not a valid regular expression"),
         ({"use_dora": "yes"}, "use_dora is 'yes'"),
         ({"bias": "some"}, "bias is 'some'"),
         ({"layers_to_transform": [9]}, "layers_to_transform is [9]"),
     ],
 )
-def test_a_configuration_that_would_be_half_obeyed_or_cannot_be(folder, values, message):
+def test_an_option_that_is_not_supported(folder, values, message):
+    """Never half obeyed: an option without a meaning here, or a value of the wrong type or range."""
     change_config(folder, **values)
     assert message in refusal(folder)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "\x00", '{"peft_type": "LORA", "r": NaN}', "[" * 100_000])
-def test_a_configuration_that_is_no_json_object_of_an_adapter(folder, text):
+def test_a_damaged_configuration(folder, text):
     (folder / "adapter_config.json").write_text(text)
     assert "adapter_config.json" in refusal(folder)
 
@@ -163,21 +164,21 @@ def test_a_configuration_that_is_no_json_object_of_an_adapter(folder, text):
 def test_a_pickle_is_not_opened(folder):
     (folder / "adapter_model.safetensors").unlink()
     torch.save({}, folder / "adapter_model.bin")
-    assert "a pickle only (adapter_model.bin), never read" in refusal(folder)
+    assert "adapter_model.bin is a pickle, which is never read" in refusal(folder)
     (folder / "adapter_model.bin").rename(folder / "adapter_model.safetensors")
     assert "is not a whole safetensors file" in refusal(folder)
 
 
-def test_no_folder_and_no_adapter_in_it(folder):
-    assert "is no adapter" in refusal(folder / "nowhere")
+def test_a_missing_folder_or_file(folder):
+    assert "is not an adapter: adapter_config.json not found" in refusal(folder / "nowhere")
     (folder / "adapter_model.safetensors").unlink()
     assert "adapter_model.safetensors is missing" in refusal(folder)
 
 
 def test_an_adapter_that_is_not_finite_is_never_saved(tmp_path):
-    model = get_peft_model(base_model("distilbert"), LoraConfig(r=3, target_modules=["q_lin"]))
+    model = adapted()
     model.distilbert.transformer.layer[0].attention.q_lin.lora_A.weight.data[0, 0] = float("nan")
-    with pytest.raises(UserError, match="no finite number"):
+    with pytest.raises(UserError, match="NaN or infinity"):
         model.save_pretrained(tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
@@ -185,24 +186,23 @@ def test_an_adapter_that_is_not_finite_is_never_saved(tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param("x" * 300, id="a name too long"),
-        pytest.param("a/" * 3000, id="a path too long"),
+        pytest.param("x" * 300, id="name too long"),
+        pytest.param("a/" * 3000, id="path too long"),
         "a\0b",
         "half \ud800 a character",
         "/dev/null/below",
     ],
 )
-def test_a_name_that_no_folder_can_have_is_refused_and_read_as_no_adapter(tmp_path, name):
-    model = get_peft_model(base_model("distilbert"), LoraConfig(r=3, target_modules=["q_lin"]))
+def test_an_impossible_folder_name(tmp_path, name):
+    model = adapted()
     for save in (model.save_pretrained, LoraConfig().save_pretrained):
         with pytest.raises(UserError, match="cannot be written"):
             save(tmp_path / name)
-    with pytest.raises(UserError, match="is no adapter"):
+    with pytest.raises(UserError, match="is not an adapter"):
         model.load_adapter(tmp_path / name)
     assert not list(tmp_path.rglob("*.*"))
 
 
-def test_a_base_model_whose_name_is_not_utf_8_is_written_down_all_the_same(tmp_path):
-    model = get_peft_model(base_model("distilbert"), LoraConfig(target_modules=["q_lin"], base_model_name_or_path="caf\udce9"))
-    model.save_pretrained(tmp_path)
+def test_a_base_model_name_that_is_not_utf_8_is_kept(tmp_path):
+    adapted(base_model_name_or_path="caf\udce9").save_pretrained(tmp_path)
     assert LoraConfig.from_pretrained(tmp_path).base_model_name_or_path == "caf\udce9"

@@ -451,12 +451,12 @@ def run_refusal(capsys, tmp_path, *arguments, model="minilm", dataset="sample"):
 @pytest.mark.parametrize(
     ("typed", "says"),
     [
-        ("--r 0", ["r is 0", "from 1"]),
+        ("--r 0", ["r is 0", "at least 1"]),
         ("--r 2.5", ["--r", "'2.5'", "--help"]),
         ("--lora-alpha 0", ["lora_alpha is 0.0"]),
         ("--lora-alpha nan", ["lora_alpha is nan"]),
         ("--lora-dropout 1.5", ["lora_dropout is 1.5", "less than 1"]),
-        ("--bias foo", ["bias is 'foo'", "none, all or lora_only"]),
+        ("--bias foo", ["bias is 'foo'", "none, all, lora_only"]),
         ("--epochs 0", ["--epochs is 0", "1 at least"]),
         pytest.param("--epochs 1" + "0" * 400, ["--epochs is 1000", "below 2**31"], id="--epochs 1e400"),
         pytest.param("--batch-size 1" + "0" * 400, ["--batch-size is 1000", "below 2**31"], id="--batch-size 1e400"),
@@ -501,13 +501,13 @@ def test_a_gpu_where_there_is_none_is_refused_with_the_remedy(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("targets", "says"),
     [
-        (["q_lin", "query"], ["no layer is called 'query'", "q_lin, k_lin, v_lin, out_lin, lin1, lin2"]),
-        ([".*query"], ["'.*query', which matches no layer", "q_lin, k_lin, v_lin, out_lin, lin1, lin2"]),
+        (["q_lin", "query"], ["no layer is named 'query'", "q_lin, k_lin, v_lin, out_lin, lin1, lin2"]),
+        ([".*query"], ["'.*query' matches no layer", "q_lin, k_lin, v_lin, out_lin, lin1, lin2"]),
         ([""], ["target_modules is empty", "q_lin, k_lin, v_lin, out_lin, lin1, lin2"]),
-        (["*q_lin"], ["'*q_lin', which is no regular expression", "position 0"]),
-        (["classifier"], ["classifier is trained in full already"]),
-        (["word_embeddings"], ["word_embeddings is of type Embedding", "only plain linear layers"]),
-        (["attention"], ["attention is of type MultiHeadSelfAttention", "only plain linear layers"]),
+        (["*q_lin"], ["'*q_lin' is not a valid regular expression", "position 0"]),
+        (["classifier"], ["classifier is in both target_modules and modules_to_save"]),
+        (["word_embeddings"], ["word_embeddings is of type Embedding", "Only plain linear layers"]),
+        (["attention"], ["attention is of type MultiHeadSelfAttention", "Only plain linear layers"]),
     ],
 )
 def test_targets_that_cannot_be_adapted_are_refused(capsys, tmp_path, base_folder, targets, says):

@@ -31,7 +31,7 @@ def test_its_breaks_are_numbered_and_each_is_one_of_its_own():
 @pytest.mark.slow
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="git lists what is to be copied")
 def test_a_break_that_breaks_nothing_is_reported_and_so_is_one_that_only_raises():
-    test = "tests/test_the_paper.py::test_the_output_is_that_of_W0_and_that_of_BA_for_the_same_input_added_up"
+    test = "tests/test_the_paper.py::test_the_output_is_W0_x_plus_BA_x"
     line = "\n        self.enabled = True\n"
     harmless, raising = (line.replace("True", value) for value in ("not False", "nothing"))
     assert why_not_caught(Break("harmless", "lora/layer.py", line, harmless, test)) == "passes all the same"

@@ -1,0 +1,74 @@
+"""Training biases beside the adapters: `LoraConfig(bias="all")` or `bias="lora_only"`, as in peft. The default is "none".
+
+A bias is trained in place, under its own name. Its original value is kept in a buffer of its module, `original_bias`. While
+the adapter is disabled the two change places, and `trained_bias` holds the trained value.
+"""
+
+import contextlib
+import re
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from lora.errors import UserError
+from lora.layer import LoRALinear
+from lora.targets import is_within
+
+REPEATED = re.compile(r"\.(modules_to_save(\.default)?|original_module)\.(.*\.)?bias$")
+
+
+def check_biases(model: nn.Module, which: str) -> None:
+    """Raises UserError if biases are to be trained and are not float32: small steps would be lost to rounding."""
+    if which != "none" and any(p.dtype != torch.float32 for name, p in model.named_parameters() if name.endswith("bias")):
+        raise UserError(f"bias is {which!r}: biases are trained in float32. Load the base model with float32 biases")
+
+
+def train_biases(model: nn.Module, which: str, head: list[str]) -> None:
+    """Make biases trainable: all of them outside the head ("all"), those of the adapted layers ("lora_only"), or none."""
+    for name, module in model.named_modules():
+        chosen = not is_within(name, head) if which == "all" else which == "lora_only" and isinstance(module, LoRALinear)
+        bias = getattr(module, "bias", None)
+        if chosen and isinstance(bias, nn.Parameter) and not bias.requires_grad:  # a bias may be shared: prepare it once
+            module.register_buffer("original_bias", bias.detach().clone(), persistent=False)
+            module.register_buffer("trained_bias", None, persistent=False)
+            bias.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def original_biases(model: nn.Module) -> Iterator[None]:
+    """Within the block, every trained bias has its original value."""
+    modules = [module for module in _trained(model) if module.trained_bias is None]  # the others: an outer block did it
+    for module in modules:
+        module.trained_bias, module.bias.data = module.bias.data, module.original_bias
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.bias.data, module.trained_bias = module.trained_bias, None
+
+
+def unload_biases(model: nn.Module, trained: bool) -> None:
+    """Stop training biases: keep the trained values, or restore the original ones."""
+    for module in _trained(model):
+        module.bias.data = module.bias.data.to(module.original_bias.dtype) if trained else module.original_bias
+        del module.original_bias, module.trained_bias
+
+
+def bias_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The trained biases by the names that peft's files give them: peft nests an adapted layer as `base_layer`."""
+    tensors: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "original_bias"):
+            key = "base_layer.bias" if isinstance(module, LoRALinear) else "bias"
+            tensors[f"{name}.{key}"] = module.bias if module.trained_bias is None else module.trained_bias
+    return tensors
+
+
+def without_repeated_biases(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With bias="all" peft's file holds each bias of the head three times. Keep the one under its own name."""
+    return {key: tensor for key, tensor in tensors.items() if not REPEATED.search(key)}
+
+
+def _trained(model: nn.Module) -> list:
+    return [module for module in model.modules() if hasattr(module, "original_bias")]

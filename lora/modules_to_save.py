@@ -1,0 +1,51 @@
+"""A module that is trained in full beside the adapters. In most models that is the new classification head."""
+
+import copy
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class ModulesToSaveWrapper(nn.Module):
+    """A frozen module and a float32 copy of it that is trained; peft's class of the same name.
+
+    The original stays for `disable_adapter` and `unload`, which give it back. So the head counts twice among "all" parameters,
+    as it does in peft.
+    """
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.original_module = module
+        self.trained_module = copy.deepcopy(module).float().requires_grad_(True)
+        self.enabled = True
+        self.train(module.training)
+
+    def __getattr__(self, name: str) -> Any:
+        """Attributes that a model reads from its head, such as `classifier.weight`, come from the module in use."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("original_module", "trained_module"):  # not set yet
+                raise
+            return getattr(self.trained_module if self.enabled else self.original_module, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Over 16-bit weights the input is cast to float32 for the trained copy, and its output back."""
+        if not self.enabled:
+            return self.original_module(*args, **kwargs)
+        dtype = next((arg.dtype for arg in args if _is_float(arg)), None)
+        own = next((parameter.dtype for parameter in self.trained_module.parameters()), dtype)
+        args = tuple(arg.to(own) if _is_float(arg) else arg for arg in args)
+        output = self.trained_module(*args, **kwargs)
+        return output.to(dtype) if dtype and isinstance(output, Tensor) else output
+
+    def unwrap(self, trained: bool) -> nn.Module:
+        """The trained copy, in the type of the original, or the original."""
+        if not trained:
+            return self.original_module
+        dtype = next((parameter.dtype for parameter in self.original_module.parameters()), None)
+        return self.trained_module.to(dtype)
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()

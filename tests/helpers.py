@@ -1,0 +1,73 @@
+"""Small models, a batch, and adapters with values that matter: what several test files use."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora import LoraConfig, LoRALinear, PeftModel, get_peft_model
+
+Q_V = ["q_lin", "v_lin"]
+
+
+def base_model(kind: str = "distilbert", dropout: float = 0.0) -> nn.Module:
+    """A tiny model of transformers, "distilbert" or "bert", with the same large weights every time. 4 classes."""
+    import transformers  # here, so that test_the_paper.py runs without it
+
+    torch.manual_seed(0)
+    if kind == "distilbert":
+        rates = {"dropout": dropout, "attention_dropout": dropout, "seq_classif_dropout": dropout}
+        shape = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64}
+        config = transformers.DistilBertConfig(vocab_size=99, max_position_embeddings=40, num_labels=4, **shape, **rates)
+        model = transformers.DistilBertForSequenceClassification(config)
+    else:
+        rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+        shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+        config = transformers.BertConfig(vocab_size=99, max_position_embeddings=40, num_labels=4, **shape, **rates)
+        model = transformers.BertForSequenceClassification(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * (0.2 if parameter.dim() > 1 else 0.1) + (parameter == 1))
+    return model.eval()
+
+
+def adapted(base: nn.Module | None = None, **options: Any) -> PeftModel:
+    """A fresh adapter on the query and value projections, and a trained head."""
+    defaults = {"r": 3, "lora_alpha": 16, "target_modules": Q_V}
+    return get_peft_model(base_model() if base is None else base, LoraConfig(**defaults | options))
+
+
+def perturb(model: nn.Module, seed: int = 1) -> nn.Module:
+    """Move every trainable tensor, A and B most. While B is zero an adapter changes nothing, and most claims hold for nothing.
+
+    Beside a trained head a small adapter hardly shows, so a small change would hide a forgotten scale or layer.
+    """
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in trainable(model).items():
+            parameter.add_(torch.randn_like(parameter), alpha=0.5 if "lora_A" in name or "lora_B" in name else 0.05)
+    return model
+
+
+def batch() -> dict[str, Tensor]:
+    """Four texts of up to 15 tokens, padded, with labels."""
+    torch.manual_seed(2)
+    mask = torch.arange(15) < torch.tensor([15, 7, 11, 3])[:, None]
+    return {"input_ids": torch.randint(5, 99, (4, 15)), "attention_mask": mask.long(), "labels": torch.tensor([0, 3, 1, 2])}
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    """(4, 4), of the batch."""
+    inputs = batch()
+    output = model(inputs["input_ids"], inputs["attention_mask"])
+    return output if isinstance(output, Tensor) else output.logits
+
+
+def layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """The adapted layers, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
