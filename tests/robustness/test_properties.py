@@ -235,7 +235,7 @@ def test_a_damaged_checkpoint_is_read_correctly_or_refused(rng):
 
 
 @given(st.randoms(use_true_random=False), st.booleans())
-def test_a_damaged_adapter_is_read_or_refused_and_the_model_left_alone(rng, weights):
+def test_a_damaged_adapter_is_read_or_the_model_left_alone(rng, weights):
     contents = [mutate(content, rng) if i != weights else content for i, content in enumerate(whole()[:2])]
     base = Net([4, 3], 2)
     with folder() as root, warnings.catch_warnings(action="ignore"):
@@ -283,7 +283,8 @@ def as_texts(lengths: np.ndarray) -> TokenizedTexts:
 
 
 @given(texts, st.integers(3, 20))
-def test_a_text_is_tokenised_alone_as_among_others_between_its_marks_and_within_its_limit(said, limit):
+def test_a_text_is_tokenised_alone_as_among_others(said, limit):
+    """Between [CLS] and [SEP], and within the limit."""
     assume(is_utf_8(*said))
     tokenizer = tiny_tokenizer()
     together = tokenize(tokenizer, said, limit)
@@ -296,7 +297,8 @@ def test_a_text_is_tokenised_alone_as_among_others_between_its_marks_and_within_
 
 
 @given(lengths, st.integers(1, 40), seeds, st.integers(0, 1000))
-def test_every_example_is_met_once_an_epoch_in_an_order_that_seed_and_epoch_decide(lengths, size, seed, epoch):
+def test_seed_and_epoch_decide_the_order_of_examples(lengths, size, seed, epoch):
+    """Every example occurs once."""
     batches = training_batches(lengths, size, seed, epoch)
     assert sorted(np.concatenate(batches)) == list(range(len(lengths)))
     assert sorted(map(len, batches))[1:] == [size] * (len(batches) - 1)
@@ -306,7 +308,8 @@ def test_every_example_is_met_once_an_epoch_in_an_order_that_seed_and_epoch_deci
 
 
 @given(lengths, st.integers(1, 2000), st.integers(1, 5))
-def test_parts_and_batches_hold_every_example_once_and_no_more_tokens_than_may_be(lengths, tokens, world):
+def test_shards_and_batches_have_every_example_once(lengths, tokens, world):
+    """Batches stay within their bound on tokens."""
     everything = np.arange(len(lengths))
     shares = []
     for rank in range(world):
@@ -325,7 +328,7 @@ def test_parts_and_batches_hold_every_example_once_and_no_more_tokens_than_may_b
 
 
 @given(lengths, st.data())
-def test_padding_adds_nothing_that_the_mask_does_not_hide(lengths, data):
+def test_the_mask_hides_all_padding(lengths, data):
     batch = np.array(data.draw(st.lists(st.integers(0, len(lengths) - 1), min_size=1, max_size=20)))
     input_ids, mask = pad(as_texts(lengths), batch)
     assert input_ids.shape == mask.shape == (len(batch), lengths[batch].max())
@@ -350,7 +353,7 @@ def test_f1_is_that_of_scikit_learn(pairs):
 
 
 @given(st.integers(1, 300), st.floats(0, 1))
-def test_the_learning_rate_rises_then_falls_and_is_a_share_of_the_highest(steps, warmup):
+def test_the_learning_rate_rises_then_falls(steps, warmup):
     shares = np.array([schedule(step, steps, warmup) for step in range(1, steps + 1)])
     assert ((shares > 0) & (shares <= 1)).all()
     top = int(shares.argmax())
@@ -360,7 +363,8 @@ def test_the_learning_rate_rises_then_falls_and_is_a_share_of_the_highest(steps,
 
 @settings(max_examples=20)
 @given(st.floats(0, 0.95), st.sampled_from([torch.float32, torch.bfloat16]), st.integers(0, 1 << 32))
-def test_dropout_keeps_the_expectation_and_every_value_but_for_its_scale(p, dtype, seed):
+def test_dropout_keeps_the_expectation(p, dtype, seed):
+    """All values that are kept have the same scale."""
     torch.manual_seed(seed)
     x = torch.ones(40_003, dtype=dtype)
     y = dropout(x, p).float()
