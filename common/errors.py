@@ -8,8 +8,6 @@ from typing import Any, TextIO
 
 from lora.errors import UserError
 
-__all__ = ["Stopped", "UserError", "run_cli"]
-
 
 class Stopped(Exception):
     """A signal ended the program. The command line prints the message and exits with 128 + the signal's number."""

@@ -41,13 +41,15 @@ def new_folder(folder: Path | str) -> Iterator[Path]:
     refuse_to_overwrite(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name[:40]}.", dir=folder.parent))  # a name may be too long
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name[:40]}.", dir=folder.parent))  # names have a limit
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror}") from error
     try:
         yield temporary
+        umask = os.umask(0)  # the only way to read it is to set it
+        os.umask(umask)
         for path in [*temporary.rglob("*"), temporary]:
-            path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())  # mkdtemp makes it private
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)  # mkdtemp makes it private
             flush(path)
         os.replace(temporary, folder)
         flush(folder.parent)
@@ -91,9 +93,3 @@ def append_line(path: Path, line: str) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -80,7 +80,7 @@ def hub_file(repo_id: str, filename: str, revision: str | None = None, repo_type
 def _download(repo_id: str, filename: str, revision: str | None, repo_type: str) -> Path:
     """`hf_hub_download`, but given up when almost nothing arrives; the client alone would wait and retry for minutes.
 
-    Raises TimeoutError then, OSError if a large file's sha256 is wrong, and whatever the client raises.
+    Raises TimeoutError then, OSError if a large file's sha256 is wrong, and the client's own errors.
     """
     is_cached = isinstance(try_to_load_from_cache(repo_id, filename, revision=revision, repo_type=repo_type), str)
     download = _in_thread(hf_hub_download, repo_id, filename, revision=revision, repo_type=repo_type)

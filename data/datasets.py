@@ -125,16 +125,15 @@ def _json_rows(path: Path | None, lines: Iterator[str]) -> Iterator[tuple[int, d
 
 def _csv_rows(path: Path | None, lines: Iterator[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     rows = _csv_values(path, lines)
-    for line, first in itertools.islice(rows, 1):
-        columns = [column.strip().lower() for column in first]
-        if is_ag_news := len(first) == 3 and columns[0].isdecimal():  # there is no header
-            rows, columns = itertools.chain([(line, first)], rows), ["class", "title", "description"]
+    for line, values in itertools.islice(rows, 1):
+        columns = [column.strip().lower() for column in values]
+        if is_ag_news := len(values) == 3 and columns[0].isdecimal():  # there is no header
+            rows, columns = itertools.chain([(line, values)], rows), ["class", "title", "description"]
         elif "text" not in columns:
             raise _row_error(path, line, 'no column is called "text"; begin the file with a header such as text,label')
     for line, values in rows:
         if len(values) != len(columns):
-            expected = f"{len(values)} fields, but {len(columns)} columns ({_shown(columns)})"
-            raise _row_error(path, line, f"{expected}; put quotes around each text")
+            raise _row_error(path, line, f"{len(values)} fields, but {len(columns)} columns; put quotes around each text")
         fields = dict(zip(columns, values, strict=True))
         if is_ag_news:
             fields = {"text": f"{fields['title']} {fields['description']}", "label": fields["class"]}
@@ -187,8 +186,7 @@ def _shown(value: object) -> str:
 def _find_parts(folder: Path) -> tuple[Path, Path]:
     suffixes = [suffix for suffix in (".jsonl", ".csv") if (folder / f"train{suffix}").exists()]
     if len(suffixes) != 1:
-        contents = "both train.jsonl and train.csv" if suffixes else "neither train.jsonl nor train.csv"
-        raise UserError(f"{folder} contains {contents}; exactly one of them is needed")
+        raise UserError(f"{folder} contains {'both' if suffixes else 'neither'} of train.jsonl and train.csv; one is needed")
     train, test = folder / f"train{suffixes[0]}", folder / f"test{suffixes[0]}"
     if not test.exists():
         raise UserError(f"{folder} contains {train.name} but not {test.name}: move some rows there to test on")
@@ -220,13 +218,13 @@ def _labelled_rows(path: Path) -> list[Row]:
 
 def _label_names(path: Path, rows: list[Row]) -> dict[int | str, str]:
     """label -> name, of the training rows. Classes are numbered in this order: by number or by alphabet."""
-    first = rows[0].label
+    earliest = rows[0].label
     names: dict[int | str, str] = {}
     labels: dict[str, int | str] = {}
     for row in rows:
         name, message = row.name or str(row.label), None
-        if type(row.label) is not type(first):
-            message = f"the label {_shown(row.label)} after {_shown(first)}; use either numbers or names"
+        if type(row.label) is not type(earliest):
+            message = f"the label {_shown(row.label)} after {_shown(earliest)}; use either numbers or names"
         elif (before := names.setdefault(row.label, name)) != name:
             message = f"label {_shown(row.label)} is called {_shown(name)} here and {_shown(before)} before; choose one name"
         elif (other := labels.setdefault(name, row.label)) != row.label:
@@ -234,8 +232,8 @@ def _label_names(path: Path, rows: list[Row]) -> dict[int | str, str]:
         if message:
             raise _row_error(path, row.line, message)
     if len(names) == 1:
-        raise UserError(f"{path}: every row has the label {_shown(first)}; at least two classes are needed")
-    if isinstance(first, int):
+        raise UserError(f"{path}: every row has the label {_shown(earliest)}; at least two classes are needed")
+    if isinstance(earliest, int):
         start, classes = 0 if 0 in names else 1, f"{len(names)} classes"
         if path.suffix == ".csv" and (listed := _listed_names(path.with_name("classes.txt"))):
             names, classes = dict(enumerate(listed, start)), f"{len(listed)} classes in classes.txt"
@@ -258,11 +256,11 @@ def _listed_names(path: Path) -> list[str]:
 def _split(path: Path, rows: list[Row], names: dict[int | str, str]) -> Split:
     numbers = {label: number for number, label in enumerate(names)}
     for row in rows:
-        label = _shown(row.label)
-        if row.label not in numbers:
+        name = names.get(row.label)
+        if name is None:
             known = ", ".join(_shown(label) for label in list(names)[:10])
-            raise _row_error(path, row.line, f"label {label} does not occur in the training part, which has {known}")
-        if row.name and (name := names[row.label]) not in (row.name, str(row.label)):
-            message = f"label {label} is called {_shown(row.name)}, but {_shown(name)} in the training part; choose one name"
-            raise _row_error(path, row.line, message)
+            raise _row_error(path, row.line, f"label {_shown(row.label)} is not in the training part, which has {known}")
+        if row.name and name not in (row.name, str(row.label)):
+            message = f"label {_shown(row.label)} is called {_shown(row.name)}, but {_shown(name)} in the training part"
+            raise _row_error(path, row.line, f"{message}; choose one name")
     return Split([row.text for row in rows], np.array([numbers[row.label] for row in rows], dtype=np.int64))

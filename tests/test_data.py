@@ -202,21 +202,21 @@ def test_ag_news_itself_is_read_in_both_its_forms(form, sizes):
 
 def test_ids_are_those_of_each_text_tokenised_alone(tokenizer, tokenizer_file):
     texts = [*load_dataset("sample").test.texts, "x", "naïve 🦕", "a" * 300]
-    found = tokenize(tokenizer, texts, 512)
+    tokenized = tokenize(tokenizer, texts, 512)
     alone = Tokenizer.from_file(str(tokenizer_file))
     alone.no_padding()
     alone.no_truncation()
-    assert len(found) == len(texts)
+    assert len(tokenized) == len(texts)
     for i, text in enumerate(texts):
-        assert found.ids[found.offsets[i] : found.offsets[i + 1]].tolist() == alone.encode(text).ids
+        assert tokenized.ids[tokenized.offsets[i] : tokenized.offsets[i + 1]].tolist() == alone.encode(text).ids
 
 
 def test_offsets_begin_at_0_and_differ_by_the_lengths(tokenizer):
-    found = tokenize(tokenizer, ["one", "one two", "one two three"], 512)
-    assert found.offsets.tolist() == [0, 3, 7, 12]
-    assert found.lengths.tolist() == [3, 4, 5]
-    assert len(found.ids) == 12
-    assert (found.ids.dtype, found.offsets.dtype) == (np.int32, np.int64)
+    tokenized = tokenize(tokenizer, ["one", "one two", "one two three"], 512)
+    assert tokenized.offsets.tolist() == [0, 3, 7, 12]
+    assert tokenized.lengths.tolist() == [3, 4, 5]
+    assert len(tokenized.ids) == 12
+    assert (tokenized.ids.dtype, tokenized.offsets.dtype) == (np.int32, np.int64)
 
 
 @pytest.mark.parametrize("max_length", [3, 4, 16])
@@ -230,10 +230,10 @@ def test_a_text_that_is_cut_keeps_its_first_words_cls_and_sep(tokenizer, max_len
 
 def test_more_texts_than_a_slice_come_out_as_they_do_one_by_one(tokenizer):
     texts = [f"text number {i}" for i in range(2 * SLICE + 1)]
-    found = tokenize(tokenizer, texts, 512)
-    assert len(found) == 2 * SLICE + 1
+    tokenized = tokenize(tokenizer, texts, 512)
+    assert len(tokenized) == 2 * SLICE + 1
     for i in (0, SLICE - 1, SLICE, SLICE + 1, 2 * SLICE - 1, 2 * SLICE):
-        assert found.ids[found.offsets[i] : found.offsets[i + 1]].tolist() == tokenizer.encode(texts[i]).ids
+        assert tokenized.ids[tokenized.offsets[i] : tokenized.offsets[i + 1]].tolist() == tokenizer.encode(texts[i]).ids
 
 
 # Batches

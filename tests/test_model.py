@@ -15,7 +15,7 @@ TINY = DistilBertConfig(vocab_size=99, max_position_embeddings=40, dim=32, n_lay
 
 
 def padded_batch(vocab_size: int, lengths: tuple[int, ...] = (17, 3, 9, 40)) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random ids of mixed lengths; what stands under the padding is random, too, since nobody may read it."""
+    """Random ids of mixed lengths. The padding is random, too, since the mask must hide it."""
     input_ids = torch.randint(5, vocab_size, (len(lengths), max(lengths)))
     return input_ids, torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
 
@@ -29,7 +29,7 @@ def reference(config: DistilBertConfig) -> transformers.DistilBertForSequenceCla
 
 
 def enliven(model: torch.nn.Module) -> torch.nn.Module:
-    """Weights so large that a token more or a layer less moves the logits by far more than the tests' tolerance."""
+    """Make the weights large, so that one token or layer more moves the logits far beyond the tests' tolerance."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

@@ -147,7 +147,7 @@ def test_a_bad_row_in_the_test_part_is_refused_with_its_line(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "line", "says"),
     [
-        ("text,label\nfine,0\none, two,1\n", 3, ["3 fields, but 2 columns", '["text", "label"]', "quotes around each text"]),
+        ("text,label\nfine,0\none, two,1\n", 3, ["3 fields, but 2 columns", "quotes around each text"]),
         ('text,label\n"two\nlines",0\n\nx,1,2\n', 5, ["3 fields, but 2 columns"]),
         ('text,label\n"two\nlines",0\n"it"s,1\nx,1\n', 4, ["not CSV", "check its quotes"]),
         ('text,label\nfine,0\n"never closed,1\n' + "x,0\n" * 50, 3, ["not CSV", "check its quotes"]),
@@ -222,7 +222,7 @@ def test_a_label_that_only_the_test_part_has_is_refused(tmp_path, label):
     """With its line and the labels that are known."""
     test = GOOD + json.dumps({"text": "x", "label": label}) + "\n"
     message = data_refusal(tmp_path, train_jsonl=GOOD, test_jsonl=test)
-    assert message == f"{tmp_path / 'test.jsonl'}, line 3: label {label!r} does not occur in the training part, which has 0, 1"
+    assert message == f"{tmp_path / 'test.jsonl'}, line 3: label {label!r} is not in the training part, which has 0, 1"
 
 
 def test_texts_in_place_of_labels_are_shown_in_one_short_line(tmp_path):
@@ -252,13 +252,13 @@ def test_classes_txt_does_not_hide_that_there_is_only_one_class(tmp_path):
 @pytest.mark.parametrize(
     ("files", "says"),
     [
-        ({"train_jsonl": GOOD, "train_csv": "text,label\nx,0\ny,1\n"}, "both train.jsonl and train.csv"),
-        ({"readme_txt": "nothing"}, "neither train.jsonl nor train.csv"),
-        ({"test_jsonl": GOOD}, "neither train.jsonl nor train.csv"),
+        ({"train_jsonl": GOOD, "train_csv": "text,label\nx,0\ny,1\n"}, "both"),
+        ({"readme_txt": "nothing"}, "neither"),
+        ({"test_jsonl": GOOD}, "neither"),
     ],
 )
 def test_a_folder_with_two_training_parts_or_none_is_refused(tmp_path, files, says):
-    assert data_refusal(tmp_path, **files) == f"{tmp_path} contains {says}; exactly one of them is needed"
+    assert data_refusal(tmp_path, **files) == f"{tmp_path} contains {says} of train.jsonl and train.csv; one is needed"
 
 
 def test_a_folder_without_a_test_part_is_refused_with_the_remedy(tmp_path):

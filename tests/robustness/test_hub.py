@@ -22,10 +22,7 @@ from hub_server import Hub
 from data.datasets import SAMPLE
 
 ROOT = Path(__file__).parents[2]
-MODEL, FULL_NAME = (
-    "distilbert-base-uncased",
-    "distilbert/distilbert-base-uncased",
-)  # the hub redirects from the one to the other
+MODEL, FULL_NAME = "distilbert-base-uncased", "distilbert/distilbert-base-uncased"  # the hub redirects to the full name
 TINY = "ann/tiny"
 DATASET = "datasets/SetFit/ag_news"
 BAD_DAY = ["500", "later", "circle", "stall", "trickle", "other", "longer"]

@@ -1,4 +1,4 @@
-"""Standard output and error that are full, closed, or read by nobody: one clear line where there is one, and no work lost."""
+"""Standard output and error that are full, closed, or no longer read: one clear line if possible, and no work lost."""
 
 import json
 import os
@@ -19,7 +19,7 @@ def train(model: Path, run: Path, redirection: str, *more: str) -> subprocess.Co
 
 
 def shell(command: list, redirection: str) -> subprocess.CompletedProcess:
-    """Its status is that of the command, and not of what reads its output."""
+    """The exit status is that of the command, not of the program that reads its output."""
     line = f'"$@" {redirection}; exit ${{PIPESTATUS[0]}}'
     words = ["bash", "-c", line, "bash", *map(str, command)]
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=100)

@@ -1,4 +1,4 @@
-"""What must hold for any input: hypothesis looks for one for which it does not. The same inputs every time (derandomize)."""
+"""What must hold for any input: hypothesis searches for a counterexample, among the same inputs each time (derandomize)."""
 
 import contextlib
 import csv
@@ -211,9 +211,9 @@ def whole() -> tuple[bytes, bytes, bytes, dict]:
     with folder() as root:
         model.save_pretrained(root)
         optimizer = AdamW([{"params": [p for p in model.parameters() if p.requires_grad], "lr": 0.1}], 0.0)
-        about = {name: {} for name in ("options", "fingerprint")} | {"before": [[1]], "commit": None, "processes": 1}
-        about |= dict.fromkeys(("model", "dataset", "notice"), "")
-        Checkpoints(root, 1, about, write=True).save(7, model, optimizer, 0.0, [])
+        metadata = {name: {} for name in ("options", "fingerprint")} | {"before": [[1]], "commit": None, "processes": 1}
+        metadata |= dict.fromkeys(("model", "dataset", "notice"), "")
+        Checkpoints(root, 1, metadata, write=True).save(7, model, optimizer, 0.0, [])
         files = [root / "adapter_model.safetensors", root / "adapter_config.json", newest_first(root)[0]]
         contents = [path.read_bytes() for path in files]
     return *contents, safetensors.torch.load(contents[2])
@@ -226,12 +226,12 @@ def test_a_damaged_checkpoint_is_read_correctly_or_refused(rng):
         (root / "checkpoints").mkdir()
         (root / "checkpoints" / "step-00000007.safetensors").write_bytes(content)
         try:
-            saved = read_newest(root)
+            checkpoint = read_newest(root)
         except UserError:
             return
-        assert saved.step == 7
-        assert saved.tensors.keys() == tensors.keys()
-        assert all(torch.equal(tensor, tensors[key]) for key, tensor in saved.tensors.items())
+        assert checkpoint.step == 7
+        assert checkpoint.tensors.keys() == tensors.keys()
+        assert all(torch.equal(tensor, tensors[key]) for key, tensor in checkpoint.tensors.items())
 
 
 @given(st.randoms(use_true_random=False), st.booleans())
@@ -311,20 +311,20 @@ def test_seed_and_epoch_decide_the_order_of_examples(lengths, size, seed, epoch)
 def test_shards_and_batches_have_every_example_once(lengths, tokens, world):
     """Batches stay within their bound on tokens."""
     everything = np.arange(len(lengths))
-    shares = []
+    shards = []
     for rank in range(world):
         processes = Distributed()
         processes.rank, processes.world_size = rank, world
-        shares.append(processes.shard(everything))
+        shards.append(processes.shard(everything))
     for batches, whole in [
-        (shares, everything),
+        (shards, everything),
         (evaluation_batches(lengths, tokens), everything),
-        *((micro_batches(lengths, share, tokens), share) for share in shares),
+        *((micro_batches(lengths, shard, tokens), shard) for shard in shards),
     ]:
         assert sorted(np.concatenate([np.empty(0, int), *batches])) == sorted(whole)
-        if batches is not shares:
+        if batches is not shards:
             assert all(len(batch) * lengths[batch].max() <= tokens or len(batch) == 1 for batch in batches)
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert max(map(len, shards)) - min(map(len, shards)) <= 1
 
 
 @given(lengths, st.data())
@@ -354,11 +354,11 @@ def test_f1_is_that_of_scikit_learn(pairs):
 
 @given(st.integers(1, 300), st.floats(0, 1))
 def test_the_learning_rate_rises_then_falls(steps, warmup):
-    shares = np.array([schedule(step, steps, warmup) for step in range(1, steps + 1)])
-    assert ((shares > 0) & (shares <= 1)).all()
-    top = int(shares.argmax())
-    assert (np.diff(shares[: top + 1]) >= 0).all()
-    assert (np.diff(shares[top:]) <= 0).all()
+    rates = np.array([schedule(step, steps, warmup) for step in range(1, steps + 1)])
+    assert ((rates > 0) & (rates <= 1)).all()
+    top = int(rates.argmax())
+    assert (np.diff(rates[: top + 1]) >= 0).all()
+    assert (np.diff(rates[top:]) <= 0).all()
 
 
 @settings(max_examples=20)
