@@ -1,18 +1,16 @@
-"""The one class of error for what the user can mend, and what the command line makes of it."""
+"""UserError, the one class of error for what the user can fix, and how the command line reports it."""
 
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TextIO
 
 from lora.errors import UserError
 
-__all__ = ["Stopped", "UserError", "run_cli"]
-
 
 class Stopped(Exception):
-    """A signal ended the program; the command line prints the message and exits with 128 + the signal's number."""
+    """A signal ended the program. The command line prints the message and exits with 128 + the signal's number."""
 
     def __init__(self, message: str, signal: int):
         super().__init__(message)
@@ -20,59 +18,50 @@ class Stopped(Exception):
 
 
 class Output:
-    """Standard output or error. After a write that fails (the disk is full, the reader has gone) all else goes nowhere.
+    """Standard output or error. After a write that fails (a full disk, a closed pipe), all further output is dropped.
 
-    The failure is kept as `error` and, where nothing but the output is wanted, raised: UserError or BrokenPipeError.
+    `error` keeps the failure, which is raised at once if the output is `needed`.
     """
 
-    def __init__(self, stream: TextIO | None, raises: bool):
-        self.stream = open(os.devnull, "w") if stream is None else stream  # noqa: SIM115 - None: it was closed from the start
-        self.raises = raises
+    def __init__(self, stream: TextIO | None, needed: bool):
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115 - None: it was closed before the program began
+        self.needed = needed
         self.error: OSError | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        with self._watch():
-            self.stream.write(text)
+        self._try(self.stream.write, text)
         return len(text)
 
     def flush(self) -> None:
-        with self._watch():
-            self.stream.flush()
+        self._try(self.stream.flush)
 
-    @contextlib.contextmanager
-    def _watch(self) -> Iterator[None]:
+    def _try(self, write: Callable[..., object], *text: str) -> None:
         try:
-            yield
+            write(*text)
         except OSError as error:
             self.error = self.error or error
-            with contextlib.suppress(OSError):  # what is left in buffers goes nowhere as well
+            with contextlib.suppress(OSError):  # the text in its buffer is dropped, too
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-            if self.raises:
-                self.raise_error()
-
-    def raise_error(self) -> None:
-        """Raises what went wrong, if anything did."""
-        if isinstance(self.error, BrokenPipeError):
-            raise self.error
-        if self.error is not None:
-            raise UserError(f"standard output cannot be written: {self.error.strerror}")
+            if self.needed:
+                raise self.error from None
 
 
 def run_cli(program: str, run: Callable[[], object], needs_output: bool = True) -> int:
-    """Run a program. Its status: 0 if it ends well, 2 with one line on standard error if the user must mend something, and
-    128 + n if signal n ended it. One that does not need its output goes on to its end when that cannot be written."""
+    """Run a program. Returns 0 if it succeeds, 2 after printing a UserError in one line, and 128 + n if signal n ended it.
+
+    If standard output cannot be written, a program that needs it stops at once; another one goes on to its end.
+    """
     streams = sys.stdout, sys.stderr
-    sys.stdout = output = Output(sys.stdout, raises=needs_output)
-    sys.stderr = Output(sys.stderr, raises=False)
+    sys.stdout = output = Output(sys.stdout, needs_output)
+    sys.stderr = Output(sys.stderr, needed=False)
     try:
         run()
         output.flush()
-        output.raise_error()
-        return 0
-    except BrokenPipeError:  # whoever reads has read enough: `| head` is no error
+        if output.error:
+            raise output.error
         return 0
     except UserError as error:
         print(f"{program}:", " ".join(str(error).splitlines()), file=sys.stderr)
@@ -83,7 +72,14 @@ def run_cli(program: str, run: Callable[[], object], needs_output: bool = True) 
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return 130
+    except OSError as error:
+        if error is not output.error:
+            raise
+        if isinstance(error, BrokenPipeError):  # as after `| head`, which needs no more
+            return 0
+        print(f"{program}: standard output cannot be written: {error.strerror}", file=sys.stderr)
+        return 2
     finally:
-        output.raises = False
-        output.flush()  # lest Python try when it ends, and fail with a status of its own
+        output.needed = False
+        output.flush()  # otherwise Python does it at exit, and ends with another status if that fails
         sys.stdout, sys.stderr = streams

@@ -11,20 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from common.errors import UserError
-from lora.files import flush, make_folder, read_json, read_safetensors, why, write_file
-
-__all__ = [
-    "append_line",
-    "make_folder",
-    "new_folder",
-    "read_json",
-    "read_metadata",
-    "read_safetensors",
-    "refuse_if_unwritable",
-    "refuse_to_overwrite",
-    "sha256_of_file",
-    "write_file",
-]
+from lora.files import flush, make_folder, read_json, read_safetensors, why, write_file  # noqa: F401 - some for other rooms
 
 
 def sha256_of_file(path: Path) -> str:
@@ -36,7 +23,7 @@ def sha256_of_file(path: Path) -> str:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The strings in the header of a safetensors file. Raises UserError if it is not whole."""
+    """The metadata of a safetensors file. Raises UserError if the file is damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}
@@ -46,19 +33,23 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def new_folder(folder: Path | str) -> Iterator[Path]:
-    """Within the block, a temporary sibling to fill; after it, flushed to disk and renamed to `folder`, which must be new
-    or empty. If the block raises, nothing is left behind."""
+    """Write a folder whole or not at all: the block fills a temporary sibling, which is then flushed to disk and renamed.
+
+    `folder` must be new or empty. If the block raises, nothing is left behind.
+    """
     folder = Path(folder)
     refuse_to_overwrite(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name[:40]}.", dir=folder.parent))  # no longer than a name may be
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name[:40]}.", dir=folder.parent))  # names have a limit
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror}") from error
     try:
         yield temporary
+        umask = os.umask(0)  # the only way to read it is to set it
+        os.umask(umask)
         for path in [*temporary.rglob("*"), temporary]:
-            path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())  # as if it had not been made in private
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)  # mkdtemp makes it private
             flush(path)
         os.replace(temporary, folder)
         flush(folder.parent)
@@ -69,32 +60,32 @@ def new_folder(folder: Path | str) -> Iterator[Path]:
 
 
 def refuse_to_overwrite(folder: Path) -> None:
-    """Raises UserError if there is anything at `folder` that a new run or model would mix with."""
+    """Raises UserError unless `folder` is new or empty, and not the current one."""
     try:
-        full = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
-        here = folder.resolve() == Path.cwd()
+        is_taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+        is_current = folder.resolve() == Path.cwd()
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} cannot be written: {why(error)}; name another folder") from error
-    if full:
-        raise UserError(f"{folder} exists and is not an empty folder: name another, or move it away")
-    if here:
-        raise UserError(f"{folder} is the folder that you are in: name another")
+    if is_taken:
+        raise UserError(f"{folder} exists and is not an empty folder: name another folder, or move it away")
+    if is_current:
+        raise UserError(f"{folder} is the current folder: name another folder")
 
 
 def refuse_if_unwritable(folder: Path) -> None:
-    """Raises UserError now if `new_folder(folder)` would later, when its content has been computed. Leaves nothing behind."""
+    """Raises UserError if `new_folder(folder)` would fail, before hours are spent on its content. Leaves nothing behind."""
     missing = [path for path in [folder, *folder.parents] if not path.exists()]
     try:
         with new_folder(folder):
             pass
     finally:
         for path in missing:
-            with contextlib.suppress(OSError, ValueError):  # it could not be made
+            with contextlib.suppress(OSError, ValueError):  # it was not made
                 path.rmdir()
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append to a file, and flush it to disk."""
+    """Append a line to a file, and flush it to disk."""
     try:
         with open(path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
@@ -102,9 +93,3 @@ def append_line(path: Path, line: str) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,4 +1,4 @@
-"""Tokenise once, group by length, pad little."""
+"""Tokenise once, group texts of similar length, pad little."""
 
 import math
 from collections.abc import Sequence
@@ -9,13 +9,13 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-SLICE = 1000  # texts handed to the tokenizer at a time: it works in parallel within a slice, and memory is bounded by one
-POOL = 50  # batches' worth of shuffled examples that are sorted by length together; more pads less and mixes less
+SLICE = 1000  # texts per call of the tokenizer, which works on them in parallel; this bounds its memory
+POOL = 50  # shuffled examples are sorted by length in pools of 50 batches; a larger pool pads less but mixes less
 
 
 @dataclass(frozen=True)
 class TokenizedTexts:
-    """All token ids of N texts, one after the other: text i is ids[offsets[i]:offsets[i + 1]]."""
+    """The token ids of N texts in one array: text i is ids[offsets[i]:offsets[i + 1]]."""
 
     ids: np.ndarray  # (sum of lengths,) int32
     offsets: np.ndarray  # (N + 1,) int64
@@ -29,21 +29,21 @@ class TokenizedTexts:
 
 
 def tokenize(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> TokenizedTexts:
-    """[CLS] text [SEP] as ids, cut to `max_length` tokens, the special ones included."""
+    """The ids of [CLS] text [SEP], cut to `max_length` tokens, [CLS] and [SEP] included."""
     tokenizer.enable_truncation(max_length)
     slices, lengths = [], [0]
     for start in range(0, len(texts), SLICE):
         encodings = tokenizer.encode_batch_fast(texts[start : start + SLICE])
         slices.append(np.concatenate([np.asarray(encoding.ids, dtype=np.int32) for encoding in encodings]))
         lengths.extend(len(encoding) for encoding in encodings)
-    tokenizer.no_truncation()  # as it was, so that a saved tokenizer does not cut
+    tokenizer.no_truncation()  # a saved tokenizer must not cut texts
     return TokenizedTexts(np.concatenate(slices), np.cumsum(lengths, dtype=np.int64))
 
 
 def training_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """The batches of one epoch as arrays of example numbers: similar lengths together, every example once, random order.
+    """The batches of one epoch, as arrays of example numbers. Each example occurs once, beside others of similar length.
 
-    A pure function of its arguments, so that a run can be repeated or taken up again in the middle.
+    A pure function of its arguments, so that a run can be repeated, or resumed in the middle of an epoch.
     """
     rng = np.random.default_rng([seed, epoch])
     shuffled = rng.permutation(len(lengths))
@@ -56,10 +56,10 @@ def training_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int
 
 
 def micro_batches(lengths: np.ndarray, batch: np.ndarray, tokens: int) -> list[np.ndarray]:
-    """The examples of `batch` in the fewest equal parts that have at most `tokens` tokens each, padding included.
+    """Split `batch` into equal parts of similar length, as few as fit into `tokens` tokens each, padding included.
 
-    Parts hold texts of similar length. Memory is bounded by `tokens` whatever the longest text of a batch, and the longest
-    text pads its own part only. A text of more than `tokens` is a part by itself. An empty batch has no parts.
+    This bounds memory by `tokens`, however long the longest text is, and only its own part is padded to its length. A text
+    of more than `tokens` tokens is a part by itself. An empty batch has no parts.
     """
     if not len(batch):
         return []
@@ -72,7 +72,7 @@ def evaluation_batches(lengths: np.ndarray, tokens: int) -> list[np.ndarray]:
     """Every example once, sorted by length, in batches of at most `tokens` tokens, padding included."""
     order = np.argsort(lengths, kind="stable")
     batches, start = [], 0
-    for end in range(1, len(order) + 1):  # lengths only grow, so that the next text is the longest
+    for end in range(1, len(order) + 1):  # lengths are ascending, so the next text is the longest
         if end == len(order) or (end + 1 - start) * lengths[order[end]] > tokens:
             batches.append(order[start:end])
             start = end
@@ -82,10 +82,10 @@ def evaluation_batches(lengths: np.ndarray, tokens: int) -> list[np.ndarray]:
 def pad(texts: TokenizedTexts, batch: np.ndarray) -> tuple[Tensor, Tensor]:
     """input_ids (B, T) int64, padded to the longest text of the batch, and attention_mask (B, T) bool.
 
-    Padding is id 0, [PAD] in the BERT family; any would do, since the mask hides it.
+    Padding has id 0, which is [PAD] in BERT models. Any id would do, since the mask hides it.
     """
     lengths = texts.offsets[batch + 1] - texts.offsets[batch]
-    mask = np.arange(lengths.max()) < lengths[:, None]  # (B, T), true where there is a token
+    mask = np.arange(lengths.max()) < lengths[:, None]  # (B, T), true at tokens
     input_ids = np.zeros(mask.shape, dtype=np.int64)
     input_ids[mask] = np.concatenate([texts.ids[texts.offsets[i] : texts.offsets[i + 1]] for i in batch])
     return torch.from_numpy(input_ids), torch.from_numpy(mask)

@@ -1,17 +1,19 @@
-"""A name or a folder -> train and test texts, integer labels and label names, every row checked as it is read.
+"""Labelled texts to train on, and texts to label: one reader for every form of file, which checks each row as it reads.
 
-Three forms of `train` and `test` are understood:
-  .jsonl                 {"text": ..., "label": 0 or "name", "label_text": "name" (optional)}, one object a line
-  .csv with a header     columns `text` and `label` (a number or a name), and perhaps `label_text`
-  .csv without           AG News' own: "class","title","description", classes from 1, their names in classes.txt if it is there
+.jsonl                 {"text": ..., "label": 0 or "name", "label_text": "name" (optional)}, one object per line
+.csv with a header     columns `text` and `label` (a number or a name), optionally `label_text`; others are ignored
+.csv without a header  AG News' own form: "class","title","description", with class names in classes.txt if it exists
+other files, stdin     one text per line; they can be labelled, not trained on
 """
 
 import csv
+import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +21,7 @@ from common.errors import UserError
 from common.hub import hub_file
 
 AG_NEWS = "SetFit/ag_news"  # the hub's copy of AG News as train.jsonl and test.jsonl
-SAMPLE = Path(__file__).parent / "sample"  # a small corpus in AG News' classes, written for this project
+SAMPLE = Path(__file__).parent / "sample"  # a small corpus with AG News' classes, written for this project
 LONGEST_TEXT = 1 << 24  # characters in one field of a CSV file
 
 
@@ -44,210 +46,221 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Row:
-    line: int  # of the file, from 1
+    line: int
     text: str
     label: int | str
-    label_text: str | None = None
+    name: str | None  # of the label, from label_text
 
 
 def load_dataset(name_or_path: str) -> Dataset:
     """Read `ag_news` (from the hub), `sample` (embedded) or a folder with train and test as .jsonl or .csv.
 
-    Raises UserError, with file and line, for whatever cannot be trained on; HubUnreachable if the hub does not answer.
+    Raises UserError, with file and line, for data that cannot be trained on; HubUnreachable if the hub does not answer.
     """
     folder = Path(name_or_path)
     if name_or_path == "sample":
         train, test = SAMPLE / "train.jsonl", SAMPLE / "test.jsonl"
     elif name_or_path == "ag_news":
         train, test = (hub_file(AG_NEWS, f"{part}.jsonl", repo_type="dataset") for part in ("train", "test"))
-    elif os.path.isdir(folder):  # unlike Path.is_dir, it has an answer for a name that is too long
-        train, test = _find(folder)
+    elif os.path.isdir(folder):  # Path.is_dir raises OSError for a name that is too long
+        train, test = _find_parts(folder)
     elif os.path.isfile(folder):
-        raise UserError(f"{folder} is a file: name a folder that holds train{folder.suffix} and test{folder.suffix}")
+        raise UserError(f"{folder} is a file: name a folder that contains train{folder.suffix} and test{folder.suffix}")
     else:
         raise UserError(f"there is no data set {name_or_path!r}: name a folder, or one of ag_news and sample")
-
-    train_rows, test_rows = list(_read(train)), list(_read(test))
+    train_rows, test_rows = _labelled_rows(train), _labelled_rows(test)
     names = _label_names(train, train_rows)
-    if all(row.label == train_rows[0].label for row in train_rows):
-        label = _short(repr(train_rows[0].label))
-        raise UserError(f"{train}: every row has the label {label}; there must be two classes at least")
-    numbers = {label: i for i, label in enumerate(names)}
-    called = {row.label: row.label_text for row in train_rows if row.label_text}
-    return Dataset(_split(train, train_rows, numbers, called), _split(test, test_rows, numbers, called), list(names.values()))
+    return Dataset(_split(train, train_rows, names), _split(test, test_rows, names), list(names.values()))
 
 
-def _find(folder: Path) -> tuple[Path, Path]:
-    found = [suffix for suffix in (".jsonl", ".csv") if (folder / f"train{suffix}").exists()]
-    if len(found) != 1:
-        is_there = "both train.jsonl and train.csv" if found else "neither train.jsonl nor train.csv"
-        raise UserError(f"{folder} holds {is_there}; one of them is needed")
-    train, test = folder / f"train{found[0]}", folder / f"test{found[0]}"
-    if not test.exists():
-        raise UserError(f"{folder} holds {train.name} but no {test.name}: put some rows aside to test on")
-    return train, test
+def read_texts(path: Path | None) -> Iterator[str]:
+    """The texts of a file, or of standard input (None), one at a time, so that the file may be larger than memory.
+
+    Raises UserError, with file and line, for a row that cannot be read.
+    """
+    for line, fields in read_rows(path):
+        yield _text(path, line, fields)
 
 
-def _read(path: Path) -> Iterator[Row]:
-    """The rows of one file, each with a text and a label; where they come from is all that differs."""
-    rows = _read_jsonl(path) if path.suffix == ".jsonl" else _read_csv(path)
-    empty = True
+def read_rows(path: Path | None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line, fields) of each row of a file, or of standard input (None). A row's line is where it begins, counted from 1.
+
+    Reads no further than asked. Raises UserError, with file and line, for anything that is not UTF-8, JSON or CSV.
+    """
+    parse = {".jsonl": _json_rows, ".csv": _csv_rows}.get(path.suffix.lower() if path else "", _text_rows)
+    source = 0 if path is None else path  # 0 is standard input
     try:
-        for row in rows:
-            for what, value in [("text", row.text), ("label", str(row.label))]:
-                if not value.strip():
-                    raise UserError(f"{path}, line {row.line}: the {what} is empty; fill it in or remove the row")
-            for value in (row.text, str(row.label), row.label_text or ""):
-                value.isascii() or value.encode()  # JSON can smuggle in half a character, which nobody can read
-            empty = False
-            yield row
-    except UnicodeDecodeError as error:
-        line = 1 + path.read_bytes().count(b"\n", 0, _bad_byte(path))
-        raise UserError(f"{path}, line {line}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
-    except UnicodeEncodeError as error:
-        raise UserError(f"{path}, line {row.line}: half a surrogate pair is no character; remove it") from error
+        # Bytes that are not UTF-8 become lone surrogates, in which _utf8_lines sees the line that they are in.
+        with open(source, encoding="utf-8-sig", errors="surrogateescape", newline="", closefd=path is not None) as file:
+            yield from parse(path, _utf8_lines(path, file))
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    if empty:
-        raise UserError(f"{path} holds no rows")
+        raise UserError(f"{path or 'standard input'} cannot be read: {error.strerror}") from error
 
 
-def _bad_byte(path: Path) -> int:
-    try:
-        path.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        return error.start
-    return 0
+def _utf8_lines(path: Path | None, file: Iterable[str]) -> Iterator[str]:
+    for number, line in enumerate(file, 1):
+        if not _is_unicode(line):
+            raise _row_error(path, number, "not UTF-8; save the file as UTF-8")
+        yield line
 
 
-def _read_jsonl(path: Path) -> Iterator[Row]:
-    with open(path, encoding="utf-8-sig", newline="\n") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                fields = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-                raise UserError(f"{path}, line {number}: not JSON ({reason}); want one whole object a line") from error
-            if not isinstance(fields, dict) or "text" not in fields or "label" not in fields:
-                raise UserError(f'{path}, line {number}: want an object with "text" and "label"')
-            text, label, label_text = fields["text"], fields["label"], fields.get("label_text")
-            if not isinstance(text, str):
-                raise UserError(f"{path}, line {number}: the text {_short(json.dumps(text))} is no string; put it in quotes")
-            if isinstance(label, bool) or not isinstance(label, int | str):
-                label = _short(json.dumps(label))
-                raise UserError(f"{path}, line {number}: the label {label} is neither a whole number nor a name; make it one")
-            yield Row(number, text, label, label_text if isinstance(label_text, str) else None)
+def _text_rows(path: Path | None, lines: Iterator[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(lines, 1):
+        yield number, {"text": line.rstrip("\r\n")}
 
 
-def _read_csv(path: Path) -> Iterator[Row]:
-    csv.field_size_limit(LONGEST_TEXT)
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, strict=True)
+def _json_rows(path: Path | None, lines: Iterator[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
-            header: list[str] | None = None
-            line = 1  # where the row begins; reader.line_num is where it ends
-            for fields in reader:
-                if fields and header is None:
-                    names = [name.strip().lower() for name in fields]
-                    header = names if "text" in names and "label" in names else []
-                    if header:
-                        fields = []
-                if fields and header:
-                    yield _named_row(path, line, header, fields)
-                elif fields:
-                    yield _ag_news_row(path, line, fields)
-                line = reader.line_num + 1
-        except csv.Error as error:
-            raise UserError(f"{path}, line {line}: the row that begins here is not CSV ({error}); mend its quotes") from error
+            fields = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+            raise _row_error(path, number, f"not JSON ({reason}); write one whole object per line") from error
+        if not isinstance(fields, dict):
+            raise _row_error(path, number, 'not a JSON object; write {"text": ...} on each line')
+        yield number, fields
 
 
-def _named_row(path: Path, line: int, header: list[str], fields: list[str]) -> Row:
-    if len(fields) != len(header):
-        raise UserError(f"{path}, line {line}: {len(fields)} fields, and the header names {len(header)}: quote the texts")
-    row = dict(zip(header, fields, strict=True))
-    return Row(line, row["text"], _number(row["label"]), row.get("label_text"))
+def _csv_rows(path: Path | None, lines: Iterator[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    rows = _csv_values(path, lines)
+    for line, values in itertools.islice(rows, 1):
+        columns = [column.strip().lower() for column in values]
+        if is_ag_news := len(values) == 3 and columns[0].isdecimal():  # there is no header
+            rows, columns = itertools.chain([(line, values)], rows), ["class", "title", "description"]
+        elif "text" not in columns:
+            raise _row_error(path, line, 'no column is called "text"; begin the file with a header such as text,label')
+    for line, values in rows:
+        if len(values) != len(columns):
+            raise _row_error(path, line, f"{len(values)} fields, but {len(columns)} columns; put quotes around each text")
+        fields = dict(zip(columns, values, strict=True))
+        if is_ag_news:
+            fields = {"text": f"{fields['title']} {fields['description']}", "label": fields["class"]}
+        yield line, fields
 
 
-def _ag_news_row(path: Path, line: int, fields: list[str]) -> Row:
-    if len(fields) != 3:
-        raise UserError(
-            f'{path}, line {line}: {len(fields)} fields, and "class","title","description" are 3: '
-            "quote the texts, or begin with a header that names text and label"
-        )
-    label, title, description = fields
-    number = _number(label)
-    if isinstance(number, str):
-        raise UserError(f"{path}, line {line}: the class {_short(repr(label))} is not a number from 1")
-    return Row(line, f"{title} {description}", number)
+def _csv_values(path: Path | None, lines: Iterator[str]) -> Iterator[tuple[int, list[str]]]:
+    csv.field_size_limit(LONGEST_TEXT)
+    reader = csv.reader(lines, strict=True)
+    start = 1  # the line where the next row begins: a quoted text may span several
+    try:
+        for values in reader:
+            if values:  # not a blank line
+                yield start, values
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise _row_error(path, start, f"the row that begins here is not CSV ({error}); check its quotes") from error
 
 
-def _number(label: str) -> int | str:
-    label = label.strip()
-    return int(label) if label.isdecimal() and len(label) < 10 else label
+def _text(path: Path | None, line: int, fields: dict[str, Any]) -> str:
+    if "text" not in fields:
+        raise _row_error(path, line, '"text" is missing; each row needs one')
+    text = fields["text"]
+    if not isinstance(text, str):
+        raise _row_error(path, line, f"the text {_shown(text)} is not a string; put it in quotes")
+    if not _is_unicode(text):
+        raise _row_error(path, line, "the text contains half a character (a lone surrogate); remove it")
+    return text
 
 
-def _short(text: str) -> str:
-    """What a message shows of a value that may be a whole article, in the wrong column."""
+def _is_unicode(text: str) -> bool:
+    """Whether it has no lone surrogate, which comes from a byte that is not UTF-8 or from a JSON escape such as \\ud800."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _row_error(path: Path | None, line: int, message: str) -> UserError:
+    return UserError(f"{path or 'standard input'}, line {line}: {message}")
+
+
+def _shown(value: object) -> str:
+    """A value in a message: short, since it may be a whole article in the wrong column."""
+    text = repr(value) if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _read_class_names(path: Path) -> list[str] | None:
-    try:
-        names = path.read_text(encoding="utf-8-sig").split("\n")
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as UTF-8: {error}") from error
-    names = [name.strip() for name in names if name.strip()]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError(f"{path} names {_short(repr(twice[0]))} twice; each class needs a name of its own")
-    return names
+def _find_parts(folder: Path) -> tuple[Path, Path]:
+    suffixes = [suffix for suffix in (".jsonl", ".csv") if (folder / f"train{suffix}").exists()]
+    if len(suffixes) != 1:
+        raise UserError(f"{folder} contains {'both' if suffixes else 'neither'} of train.jsonl and train.csv; one is needed")
+    train, test = folder / f"train{suffixes[0]}", folder / f"test{suffixes[0]}"
+    if not test.exists():
+        raise UserError(f"{folder} contains {train.name} but not {test.name}: move some rows there to test on")
+    return train, test
+
+
+def _labelled_rows(path: Path) -> list[Row]:
+    rows = []
+    for line, fields in read_rows(path):
+        text = _text(path, line, fields)
+        if "label" not in fields:
+            raise _row_error(path, line, '"label" is missing; each row needs one')
+        label, name = fields["label"], fields.get("label_text")
+        if path.suffix == ".csv":  # where numbers are strings, too
+            label = label.strip()
+            label = int(label) if label.isdecimal() and len(label) < 10 else label
+        if isinstance(label, bool) or not isinstance(label, int | str):
+            raise _row_error(path, line, f"the label {_shown(label)} is neither a whole number nor a name; make it one")
+        for what, value in [("text", text), ("label", str(label))]:
+            if not value.strip():
+                raise _row_error(path, line, f"the {what} is empty; fill it in or remove the row")
+        if not _is_unicode(f"{label}{name}"):
+            raise _row_error(path, line, "the label contains half a character (a lone surrogate); remove it")
+        rows.append(Row(line, text, label, name if isinstance(name, str) else None))
+    if not rows:
+        raise UserError(f"{path} has no rows")
+    return rows
 
 
 def _label_names(path: Path, rows: list[Row]) -> dict[int | str, str]:
-    """The labels of the training rows in order, each with what it is called."""
-    first = rows[0].label
+    """label -> name, of the training rows. Classes are numbered in this order: by number or by alphabet."""
+    earliest = rows[0].label
     names: dict[int | str, str] = {}
     labels: dict[str, int | str] = {}
     for row in rows:
-        name = row.label_text or str(row.label)
-        where, label, called = f"{path}, line {row.line}", _short(repr(row.label)), _short(repr(name))
-        if type(row.label) is not type(first):
-            raise UserError(f"{where}: the label {label} in a file that began with {_short(repr(first))}; keep to one kind")
-        if (before := names.setdefault(row.label, name)) != name:
-            raise UserError(f"{where}: label {label} is called {called}, and {_short(repr(before))} before; keep one name")
-        if (other := labels.setdefault(name, row.label)) != row.label:
-            raise UserError(f"{where}: label {label} is called {called}, as {_short(repr(other))} is; give each its own name")
-    if isinstance(first, str):
-        return {label: names[label] for label in sorted(names)}
-    start = 0 if 0 in names else 1
-    if path.suffix == ".csv" and (listed := _read_class_names(path.parent / "classes.txt")):
-        numbered: dict[int | str, str] = dict(enumerate(listed, start))
+        name, message = row.name or str(row.label), None
+        if type(row.label) is not type(earliest):
+            message = f"the label {_shown(row.label)} after {_shown(earliest)}; use either numbers or names"
+        elif (before := names.setdefault(row.label, name)) != name:
+            message = f"label {_shown(row.label)} is called {_shown(name)} here and {_shown(before)} before; choose one name"
+        elif (other := labels.setdefault(name, row.label)) != row.label:
+            message = f"labels {_shown(other)} and {_shown(row.label)} are both called {_shown(name)}; give each its own name"
+        if message:
+            raise _row_error(path, row.line, message)
+    if len(names) == 1:
+        raise UserError(f"{path}: every row has the label {_shown(earliest)}; at least two classes are needed")
+    if isinstance(earliest, int):
+        start, classes = 0 if 0 in names else 1, f"{len(names)} classes"
+        if path.suffix == ".csv" and (listed := _listed_names(path.with_name("classes.txt"))):
+            names, classes = dict(enumerate(listed, start)), f"{len(listed)} classes in classes.txt"
+        last = start + len(names) - 1
         for row in rows:
-            if row.label not in numbered:
-                raise UserError(
-                    f"{path}, line {row.line}: label {row.label} has no name among the {len(listed)} in classes.txt"
-                )
-        return numbered
-    numbers = range(start, start + len(names))
-    if absent := sorted(set(numbers) - set(names)):
-        there = ", ".join(_short(str(label)) for label in sorted(names)[:10])
-        raise UserError(f"{path}: the labels are {there}, so {absent[0]} never occurs; number them without gaps from 0 or 1")
-    return {label: names[label] for label in numbers}
+            if row.label not in range(start, last + 1):
+                message = f"label {_shown(row.label)} does not fit the {classes}; number them from {start} to {last}"
+                raise _row_error(path, row.line, message)
+    return {label: names[label] for label in sorted(names)}
 
 
-def _split(path: Path, rows: list[Row], numbers: dict[int | str, int], called: dict[int | str, str]) -> Split:
-    labels = np.empty(len(rows), dtype=np.int64)
-    for i, row in enumerate(rows):
-        if row.label not in numbers:
-            label, known = _short(repr(row.label)), ", ".join(_short(repr(label)) for label in list(numbers)[:10])
-            raise UserError(f"{path}, line {row.line}: label {label} is none of the training part's: {known}")
-        if row.label_text and (name := called.get(row.label, row.label_text)) != row.label_text:
-            label, text, known = (_short(repr(value)) for value in (row.label, row.label_text, name))
-            raise UserError(
-                f"{path}, line {row.line}: label {label} is called {text}, and {known} in the training part; keep one"
-            )
-        labels[i] = numbers[row.label]
-    return Split([row.text for row in rows], labels)
+def _listed_names(path: Path) -> list[str]:
+    names = [name.strip() for name in read_texts(path) if name.strip()] if path.exists() else []
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"{path} lists {_shown(name)} twice; each class needs a name of its own")
+    return names
+
+
+def _split(path: Path, rows: list[Row], names: dict[int | str, str]) -> Split:
+    numbers = {label: number for number, label in enumerate(names)}
+    for row in rows:
+        name = names.get(row.label)
+        if name is None:
+            known = ", ".join(_shown(label) for label in list(names)[:10])
+            raise _row_error(path, row.line, f"label {_shown(row.label)} is not in the training part, which has {known}")
+        if row.name and name not in (row.name, str(row.label)):
+            message = f"label {_shown(row.label)} is called {_shown(row.name)}, but {_shown(name)} in the training part"
+            raise _row_error(path, row.line, f"{message}; choose one name")
+    return Split([row.text for row in rows], np.array([numbers[row.label] for row in rows], dtype=np.int64))

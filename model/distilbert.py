@@ -1,7 +1,7 @@
-"""DistilBERT for sequence classification, by hand, under the hub checkpoint's names.
+"""DistilBERT for sequence classification, written by hand. Modules have the names of the hub's checkpoint.
 
-Sanh et al. 2019 (arXiv:1910.01108) is BERT (Devlin et al. 2018, arXiv:1810.04805) with half the layers and without
-token types and pooler. Shapes: B texts, T tokens, D = config.dim (768), H = config.n_heads (12), D/H = 64.
+DistilBERT (Sanh et al. 2019, arXiv:1910.01108) is BERT (Devlin et al. 2018, arXiv:1810.04805) with half the layers and
+without token types and pooler. Shapes: B texts, T tokens, D = config.dim (768), H = config.n_heads (12), D/H = 64.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class DistilBertConfig:
-    """The fields of the hub's `config.json` that shape the network, with the values of distilbert-base-uncased."""
+    """The fields of `config.json` that define the network; the defaults are those of distilbert-base-uncased."""
 
     vocab_size: int = 30522
     max_position_embeddings: int = 512
@@ -39,14 +39,14 @@ class Embeddings(nn.Module):
     def forward(self, input_ids: Tensor) -> Tensor:
         position = torch.arange(input_ids.shape[1], device=input_ids.device)
         x = self.word_embeddings(input_ids) + self.position_embeddings(position)  # (B, T, D) + (T, D)
-        return self.dropout(self.LayerNorm(x))
+        return self.dropout(self.LayerNorm(x))  # (B, T, D)
 
 
 class MultiHeadSelfAttention(nn.Module):
     """softmax(q k^T / sqrt(D/H)) v in each of the H heads (Vaswani et al. 2017, section 3.2).
 
-    Queries come from x (B, S, D), keys and values from context (B, T, D); the two are the same but in the last layer, where
-    S = 1. The mask (B, 1, 1, T) is true where there is a token.
+    Queries come from x (B, S, D), keys and values from context (B, T, D). The two are the same, except in the last layer,
+    where x is [CLS] alone and S = 1. The mask (B, 1, 1, T) is true at tokens and false at padding.
     """
 
     def __init__(self, config: DistilBertConfig):
@@ -59,13 +59,13 @@ class MultiHeadSelfAttention(nn.Module):
         self.out_lin = nn.Linear(config.dim, config.dim)
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
-        def heads(y: Tensor) -> Tensor:  # (B, T, 768) -> (B, 12, T, 64), and S for T
-            return y.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+        def heads(y: Tensor) -> Tensor:
+            return y.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # (B, T, 768) -> (B, T, 12, 64) -> (B, 12, T, 64)
 
-        q, k, v = heads(self.q_lin(x)), heads(self.k_lin(context)), heads(self.v_lin(context))
+        q, k, v = heads(self.q_lin(x)), heads(self.k_lin(context)), heads(self.v_lin(context))  # q has S in place of T
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-        return self.out_lin(y.transpose(1, 2).flatten(2))  # (B, 12, S, 64) -> (B, S, 768)
+        return self.out_lin(y.transpose(1, 2).flatten(2))  # (B, 12, S, 64) -> (B, S, 12, 64) -> (B, S, 768)
 
 
 class FFN(nn.Module):
@@ -80,7 +80,7 @@ class FFN(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """The outputs at the positions `x` (B, S, D), which look at all positions `context` (B, T, D)."""
+    """The next layer's values at the positions `x` (B, S, D), which attend to all positions `context` (B, T, D)."""
 
     def __init__(self, config: DistilBertConfig):
         super().__init__()
@@ -100,14 +100,14 @@ class Transformer(nn.Module):
         self.layer = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layers))
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """(B, T, D) -> (B, D), the last layer's output at position 0.
+        """(B, T, D) -> (B, D), the last layer's output at [CLS], position 0.
 
-        Nothing else of the last layer is ever read by a classifier, so nothing else of it is computed: its keys and
-        values come from all positions, its query, output and feed-forward from [CLS] alone.
+        A classifier reads nothing else of the last layer, so nothing else is computed: keys and values come from all
+        positions, but query, output and feed-forward from [CLS] alone.
         """
         for block in self.layer[:-1]:
             x = block(x, x, mask)
-        cls = x[:, :1].contiguous()  # (B, 1, D), so that each product is one over the batch, not one for each text
+        cls = x[:, :1].contiguous()  # (B, 1, D), so that each product is one over the batch, not one per text
         return self.layer[-1](cls, x, mask)[:, 0]
 
 
@@ -124,7 +124,7 @@ class DistilBert(nn.Module):
 
 
 class DistilBertForSequenceClassification(nn.Module):
-    """The encoder's [CLS] output through a two-layer head."""
+    """The encoder, and a head of two layers on its output at [CLS]."""
 
     def __init__(self, config: DistilBertConfig):
         super().__init__()
@@ -136,7 +136,7 @@ class DistilBertForSequenceClassification(nn.Module):
         self.apply(init_weights)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Logits (B, num_labels) of token ids (B, T) int64; `attention_mask` (B, T) is 0 where there is padding.
+        """Logits (B, num_labels) for token ids (B, T) int64; `attention_mask` (B, T) is 0 at padding.
 
         Raises IndexError for an id outside the vocabulary or a text longer than `config.max_position_embeddings`.
         """
@@ -145,7 +145,7 @@ class DistilBertForSequenceClassification(nn.Module):
 
 
 def init_weights(module: nn.Module) -> None:
-    """A new layer as transformers starts it: N(0, 0.02^2), biases zero (`initializer_range`)."""
+    """Initialise a layer as transformers does: weights from N(0, 0.02^2) (`initializer_range`), biases zero."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear):

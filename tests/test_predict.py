@@ -1,12 +1,13 @@
 """Labels for new text: as in the run that trained, in the order of the input, and in bounded memory."""
 
+import contextlib
 import csv
-import io
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 import transformers
 
 import predict
+from common.errors import UserError
 from data import load_dataset, read_texts
 from model import DistilBertConfig, DistilBertForSequenceClassification, load_pretrained, save_pretrained
 from training import inference
@@ -37,6 +39,18 @@ def refused(capsys, *arguments: object) -> str:
     assert captured.out == ""
     assert captured.err.count("\n") == 1
     return captured.err
+
+
+@contextlib.contextmanager
+def standard_input(path: Path) -> Iterator[None]:
+    before = os.dup(0)
+    with open(path, "rb") as file:
+        os.dup2(file.fileno(), 0)
+    try:
+        yield
+    finally:
+        os.dup2(before, 0)
+        os.close(before)
 
 
 def test_the_test_part_is_labelled_as_in_the_run_that_trained(whole_run, capsys):
@@ -66,9 +80,8 @@ def test_a_text_on_the_command_line_gives_a_table_sorted_by_score(whole_run, cap
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv", ".CSV", "stdin"])
-def test_every_kind_of_input_gives_a_line_a_text_in_its_order_whatever_the_text(
-    whole_run, capsys, tmp_path, monkeypatch, suffix
-):
+def test_every_kind_of_input_is_labelled_in_its_order(whole_run, capsys, tmp_path, monkeypatch, suffix):
+    """Whatever the texts are: empty, long, from right to left, with quotes."""
     texts = ["Shares rose.", "", "   ", "\U0001f600 \u05e9\u05dc\u05d5\u05dd", "x" * 100_000, 'a "quote", a comma', "Goal!"] * 3
     path = tmp_path / f"texts{suffix}"
     if suffix == ".jsonl":
@@ -80,8 +93,8 @@ def test_every_kind_of_input_gives_a_line_a_text_in_its_order_whatever_the_text(
         path.write_text("".join(text + "\n" for text in texts), encoding="utf-8")
     monkeypatch.setattr(inference, "CHUNK", 4)
     if suffix == "stdin":
-        monkeypatch.setattr(sys, "stdin", io.StringIO(path.read_text(encoding="utf-8")))
-        answers = labelled(capsys, whole_run[0])
+        with standard_input(path):
+            answers = labelled(capsys, whole_run[0])
     else:
         answers = labelled(capsys, whole_run[0], "--input", path)
     assert [answer["text"] for answer in answers] == texts
@@ -140,21 +153,47 @@ def test_what_the_user_can_mend_is_one_line_and_status_2(whole_run, capsys, tmp_
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("bad.jsonl", b'{"text": "a"}\n{"text": 7}\n', "line 2: want an object"),
-        ("digits.jsonl", b'{"text": "a", "n": ' + b"9" * 5000 + b"}\n", "line 1: want an object"),
-        ("bad.jsonl", b'{"text": "a"}\n[]\n', "line 2"),
-        ("bad.jsonl", b"\n{\n", "line 2"),
-        ("bad.jsonl", b'{"text": "\\ud800"}\n', "line 1"),
-        ("bad.csv", b"title,body\na,b\n", "line 2: want a field `text`"),
-        ("bad.csv", b'text\n"never closed\n', "want CSV"),
-        ("bad.txt", b"fine\n\xff\n", "not UTF-8"),
+        ("bad.jsonl", b'{"text": "a"}\n{"text": 7}\n', "line 2: the text 7 is not a string"),
+        ("digits.jsonl", b'{"text": "a", "n": ' + b"9" * 5000 + b"}\n", "line 1: not JSON"),
+        ("bad.jsonl", b'{"text": "a"}\n[]\n', "line 2: not a JSON object"),
+        ("bad.jsonl", b"\n{\n", "line 2: not JSON"),
+        ("bad.jsonl", b'{"text": "\\ud800"}\n', "line 1: the text contains half a character"),
+        ("bad.csv", b"title,body\na,b\n", 'line 1: no column is called "text"'),
+        ("bad.csv", b'text\n"never closed\n', "line 2: .* not CSV"),
+        ("bad.csv", b"text,id\na,1\nb\n", "line 3: 1 fields, but 2 columns"),
+        ("bad.csv", b"text,id\n" + b"a,1\n" * 5000 + b"\xff,1\n", "line 5002: not UTF-8"),
+        ("bad.txt", b"fine\n\xff\n", "line 2: not UTF-8"),
     ],
 )
-def test_an_input_that_cannot_be_read_is_refused_with_file_and_line(tmp_path, name, content, says):
+def test_a_bad_input_is_refused_with_file_and_line(tmp_path, name, content, says):
     path = tmp_path / name
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=f"{name}, .*{says}"):
+    with pytest.raises(UserError, match=f"{name}, .*{says}"):
         list(read_texts(path))
+
+
+def test_texts_are_read_as_they_arrive():
+    reading, writing = os.pipe()
+    texts = read_texts(Path(f"/dev/fd/{reading}"))
+    for text in ("one", "two"):
+        os.write(writing, f"{text}\n".encode())
+        assert next(texts) == text
+    os.close(writing)
+    os.close(reading)
+    assert list(texts) == []
+
+
+def test_a_closed_standard_input_is_refused(tmp_path):
+    (tmp_path / "empty").write_text("")
+    with standard_input(tmp_path / "empty"):
+        os.close(0)
+        with pytest.raises(UserError, match="standard input cannot be read: Bad file descriptor"):
+            next(read_texts(None))
+
+
+def test_the_csv_of_ag_news_can_be_labelled_too(tmp_path):
+    (tmp_path / "test.csv").write_text('"3","Oil rises","Prices, too."\n')
+    assert list(read_texts(tmp_path / "test.csv")) == ["Oil rises Prices, too."]
 
 
 def test_a_reader_that_leaves_early_is_no_error(whole_run, tmp_path):
@@ -198,7 +237,8 @@ STRANGE = [
         pytest.param("stdin", "utf-8", marks=pytest.mark.slow),
     ],
 )
-def test_strange_texts_get_a_line_of_json_each_that_says_them_whatever_the_console(whole_run, tmp_path, suffix, encoding):
+def test_strange_texts_get_a_line_of_json_each(whole_run, tmp_path, suffix, encoding):
+    """The line has the text unchanged, whatever the encoding of the console."""
     texts = ["First.", *STRANGE]
     path = tmp_path / f"texts{suffix}"
     with open(path, "w", encoding="utf-8", newline="") as file:
@@ -223,14 +263,14 @@ def test_strange_texts_get_a_line_of_json_each_that_says_them_whatever_the_conso
 @pytest.mark.parametrize(
     ("suffix", "content", "says"),
     [
-        (".jsonl", b'{"text": "a \\ud83d b"}\n', "line 1: want an object"),  # half an emoji
+        (".jsonl", b'{"text": "a \\ud83d b"}\n', "line 1: the text contains half a character"),  # half an emoji
         pytest.param(".jsonl", b'{"text": "\xed\xa0\xbd"}\n', "not UTF-8", marks=pytest.mark.slow),  # the same in bytes
         pytest.param(".txt", b"caf\xe9\n", "not UTF-8", marks=pytest.mark.slow),
-        ("stdin", b"caf\xe9\n", "standard input, after line 0: not UTF-8"),
-        (".csv", b"text,id\nOil rose, they say,1\n", "line 2: more fields than the first line names: quote the texts"),
+        ("stdin", b"caf\xe9\n", "standard input, line 1: not UTF-8"),
+        (".csv", b"text,id\nOil rose, they say,1\n", "line 2: 3 fields, but 2 columns"),
     ],
 )
-def test_half_a_character_and_half_a_text_are_refused_in_one_line(whole_run, tmp_path, suffix, content, says):
+def test_half_a_character_or_text_is_refused_in_one_line(whole_run, tmp_path, suffix, content, says):
     path = tmp_path / f"texts{suffix}"
     path.write_bytes(content)
     command = [sys.executable, ROOT / "predict.py", whole_run[0], *([] if suffix == "stdin" else ["--input", path])]

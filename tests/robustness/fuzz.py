@@ -3,7 +3,7 @@
 python tests/robustness/fuzz.py      20,000 inputs, some minutes; stops at the first that is neither, and keeps it
 python tests/robustness/fuzz.py --count 500 --seed 7 --only "model.safetensors"
 
-Of what is read, the answer is checked; nothing may be left behind, take 10 s, or take 2 GB.
+If it is read, the result is checked. No input may leave a file behind, or take 10 s or 2 GB.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import faulthandler
 import io
 import json
 import random
+import re
 import resource
 import shlex
 import signal
@@ -115,7 +116,7 @@ def mutate_json(content: bytes, rng: random.Random) -> bytes:
 
 
 class Target:
-    """A file in a folder of whole ones, and what reads it: `read` returns after its own checks, or raises UserError."""
+    """A file in a folder of whole ones, and its reader: `read` checks the result, or raises UserError."""
 
     def __init__(self, path: Path, read: Callable[[], object], change: Callable[[bytes, random.Random], bytes] = mutate):
         self.path, self.read, self.change, self.whole = path, read, change, path.read_bytes()
@@ -174,7 +175,7 @@ def targets(root: Path) -> dict[str, Target]:
     run = root / "run"
     run.mkdir()
     optimizer = AdamW([{"params": [p for p in peft.parameters() if p.requires_grad], "lr": 0.1}], 0.0)
-    about = {
+    metadata = {
         "options": {},
         "model": "m",
         "commit": None,
@@ -185,16 +186,16 @@ def targets(root: Path) -> dict[str, Target]:
         "before": [[1]],
     }
     for step in (1, 2):
-        Checkpoints(run, 1, about, write=True).save(step, peft, optimizer, 0.0, [])
+        Checkpoints(run, 1, metadata, write=True).save(step, peft, optimizer, 0.0, [])
     newest, other = newest_first(run)
     whole = safetensors.torch.load(newest.read_bytes())  # load_file would only map the file that is about to change
 
     def read_checkpoint() -> None:
         with contextlib.redirect_stdout(io.StringIO()):
-            saved = read_newest(run)
-        assert saved.step == (2 if saved.path == newest else 1)
-        assert saved.path in (newest, other)
-        assert all(torch.equal(tensor, whole[key]) for key, tensor in saved.tensors.items())
+            checkpoint = read_newest(run)
+        assert checkpoint.step == (2 if checkpoint.path == newest else 1)
+        assert checkpoint.path in (newest, other)
+        assert all(torch.equal(tensor, whole[key]) for key, tensor in checkpoint.tensors.items())
 
     scores = {"macro_f1": 0.5, "accuracy": 0.5, "confusion_matrix": [[1, 0], [1, 0]], "per_class_f1": {"a": 0.5, "b": None}}
     results = {
@@ -238,7 +239,9 @@ def targets(root: Path) -> dict[str, Target]:
             assert 0 <= data.train.labels.min() <= data.train.labels.max() < len(data.label_names)
             assert all(text.strip() and text.encode() for text in data.train.texts)
             if path.suffix == ".jsonl":
-                said = [json.loads(line) for line in path.read_bytes().decode("utf-8-sig").split("\n") if line.strip()]
+                said = [
+                    json.loads(line) for line in re.split(r"\r\n?|\n", path.read_bytes().decode("utf-8-sig")) if line.strip()
+                ]
                 assert data.train.texts == [row["text"] for row in said]
 
         return read
@@ -250,7 +253,7 @@ def targets(root: Path) -> dict[str, Target]:
 
         return read
 
-    found = {
+    by_name = {
         "config.json": Target(root / "model" / "config.json", read_model, mutate_json),
         "model.safetensors": Target(root / "model" / "model.safetensors", read_model),
         "tokenizer.json": Target(root / "model" / "tokenizer.json", read_model, mutate_json),
@@ -264,9 +267,9 @@ def targets(root: Path) -> dict[str, Target]:
         path.parent.mkdir()
         path.write_text(content)
         path.with_name("test" + path.suffix).write_text(content)
-        found[name] = Target(path, dataset_reader(path))
+        by_name[name] = Target(path, dataset_reader(path))
         if "AG News" not in name:
-            found[f"texts of {name}"] = Target(path, texts_reader(path))
+            by_name[f"texts of {name}"] = Target(path, texts_reader(path))
     command = root / "command line"
     command.write_text(
         "--r 4 --lora-alpha 8 --target-modules q_lin k_lin --epochs 1 --seed 3 --warmup 0.5 --dtype auto --use-dora"
@@ -277,8 +280,8 @@ def targets(root: Path) -> dict[str, Target]:
             options = Options(**parse(command.read_text(errors="surrogateescape").split(" "), None))
             options.lora_config()
 
-    found["command line"] = Target(command, read_command)
-    return found
+    by_name["command line"] = Target(command, read_command)
+    return by_name
 
 
 @contextlib.contextmanager
@@ -307,11 +310,11 @@ def fuzz(count: int, seed: int, only: str | None = None) -> Counter:
     rng, outcomes = random.Random(seed), Counter()
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
-        found = targets(root)
-        names = [only] if only else list(found)
+        by_name = targets(root)
+        names = [only] if only else list(by_name)
         for number in range(count):
             name = names[number % len(names)]
-            target = found[name]
+            target = by_name[name]
             content = target.attempt(rng)
             before = sorted(root.rglob("*"))
             try:

@@ -1,4 +1,4 @@
-"""A Hugging Face hub on this machine: as much of its protocol as the real client needs, and faults on demand."""
+"""A Hugging Face hub on this machine: the part of its protocol that the real client needs, and faults on demand."""
 
 import functools
 import hashlib
@@ -26,7 +26,7 @@ class Request(NamedTuple):
 
 
 class Hub:
-    """`with Hub() as hub`: serves at `hub.url` what was added, and writes down every request.
+    """`with Hub() as hub`: serves at `hub.url` the files that were added, and records every request.
 
     A repository is called "owner/name", and "datasets/owner/name" if it holds data.
     """
@@ -133,7 +133,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def resolve(self, repo: str, revision: str, file: str, fault: str | None) -> None:
         if repo not in self.hub.commits:
-            return self.refuse(401, "RepoNotFound")  # not 404, so that nobody learns which private names are taken
+            return self.refuse(401, "RepoNotFound")  # not 404, which would reveal the names of private repositories
         commit = self.hub.branches[repo].get(revision, revision)
         if commit not in self.hub.commits[repo]:
             return self.refuse(404, "RevisionNotFound")

@@ -1,4 +1,4 @@
-"""What a user can get wrong: each is refused in one line that names the place and the remedy, and leaves nothing behind."""
+"""Bad input of every kind is refused in one line that names the place and the remedy, and leaves nothing behind."""
 
 import io
 import json
@@ -109,17 +109,17 @@ def data_refusal(folder, **files):
 @pytest.mark.parametrize(
     ("row", "says"),
     [
-        ('{"text": "x", "label" 1}', ["':' delimiter at column 23", "one whole object a line"]),
-        ('{"text": "x",', ["not JSON", "one whole object a line"]),
+        ('{"text": "x", "label" 1}', ["':' delimiter at column 23", "one whole object per line"]),
+        ('{"text": "x",', ["not JSON", "one whole object per line"]),
         pytest.param("[" * 100_000, ["not JSON"], id="nested too deeply"),
-        ('["x", 1]', ['want an object with "text" and "label"']),
-        ('"x"', ['want an object with "text" and "label"']),
-        ('{"text": "x"}', ['want an object with "text" and "label"']),
-        ('{"txt": "x", "label": 1}', ['want an object with "text" and "label"']),
+        ('["x", 1]', ["not a JSON object", '{"text": ...}']),
+        ('"x"', ["not a JSON object", '{"text": ...}']),
+        ('{"text": "x"}', ['"label" is missing', "each row needs one"]),
+        ('{"txt": "x", "label": 1}', ['"text" is missing', "each row needs one"]),
         ('{"text": "", "label": 1}', ["the text is empty", "remove the row"]),
         ('{"text": " \\t\\n", "label": 1}', ["the text is empty", "remove the row"]),
-        ('{"text": null, "label": 1}', ["the text null is no string"]),
-        ('{"text": ["x"], "label": 1}', ['the text ["x"] is no string']),
+        ('{"text": null, "label": 1}', ["the text null is not a string"]),
+        ('{"text": ["x"], "label": 1}', ['the text ["x"] is not a string']),
         ('{"text": "x", "label": ""}', ["the label is empty"]),
         ('{"text": "x", "label": true}', ["the label true is neither a whole number nor a name"]),
         ('{"text": "x", "label": 1.0}', ["the label 1.0 is neither a whole number nor a name"]),
@@ -127,9 +127,9 @@ def data_refusal(folder, **files):
         ('{"text": "x", "label": null}', ["the label null is neither a whole number nor a name"]),
         pytest.param(json.dumps({"text": "x", "label": [1] * 1000}), ["the label [1, 1,", "..."], id="a list of labels"),
         pytest.param('{"text": "x", "label": ' + "9" * 5000 + "}", ["not JSON"], id="5000 digits"),
-        ('{"text": "x", "label": "one"}', ["the label 'one' in a file that began with 0", "keep to one kind"]),
-        ('{"text": "x \\ud800", "label": 1}', ["half a surrogate pair", "remove it"]),
-        ('{"text": "x", "label": "\\udc00"}', ["half a surrogate pair", "remove it"]),
+        ('{"text": "x", "label": "one"}', ["the label 'one' after 0", "use either numbers or names"]),
+        ('{"text": "x \\ud800", "label": 1}', ["the text contains half a character", "remove it"]),
+        ('{"text": "x", "label": "\\udc00"}', ["the label contains half a character", "remove it"]),
         pytest.param('{"text": "x \ud800", "label": 1}', ["not UTF-8", "save the file as UTF-8"], id="a raw surrogate"),
     ],
 )
@@ -139,7 +139,7 @@ def test_a_bad_row_of_jsonl_is_refused_with_its_line(tmp_path, row, says):
     assert all(part in message for part in says), message
 
 
-def test_the_same_row_in_the_test_part_is_refused_by_that_files_name(tmp_path):
+def test_a_bad_row_in_the_test_part_is_refused_with_its_line(tmp_path):
     message = data_refusal(tmp_path, train_jsonl=GOOD, test_jsonl=GOOD + '{"text": "", "label": 1}\n')
     assert message.startswith(f"{tmp_path / 'test.jsonl'}, line 3: ")
 
@@ -147,20 +147,20 @@ def test_the_same_row_in_the_test_part_is_refused_by_that_files_name(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "line", "says"),
     [
-        ("text,label\nfine,0\none, two,1\n", 3, ["3 fields, and the header names 2", "quote the texts"]),
-        ('text,label\n"two\nlines",0\n\nx,1,2\n', 5, ["3 fields, and the header names 2"]),
-        ('text,label\n"two\nlines",0\n"it"s,1\nx,1\n', 4, ["not CSV", "mend its quotes"]),
-        ('text,label\nfine,0\n"never closed,1\n' + "x,0\n" * 50, 3, ["not CSV", "mend its quotes"]),
+        ("text,label\nfine,0\none, two,1\n", 3, ["3 fields, but 2 columns", "quotes around each text"]),
+        ('text,label\n"two\nlines",0\n\nx,1,2\n', 5, ["3 fields, but 2 columns"]),
+        ('text,label\n"two\nlines",0\n"it"s,1\nx,1\n', 4, ["not CSV", "check its quotes"]),
+        ('text,label\nfine,0\n"never closed,1\n' + "x,0\n" * 50, 3, ["not CSV", "check its quotes"]),
         ('text,label\n" ",0\n', 2, ["the text is empty"]),
         ("text,label\nfine,0\nx,\n", 3, ["the label is empty"]),
-        ("text,label\nfine,good\nx,2\n", 3, ["the label 2 in a file that began with 'good'"]),
-        ("sentence;mood\nfine;0\n", 1, ['"class","title","description" are 3', "a header that names text and label"]),
-        ('"1","fine","day"\n"2","no description"\n', 2, ["2 fields", "quote the texts"]),
-        ('"class","title","description"\n"1","fine","day"\n', 1, ["the class 'class' is not a number from 1"]),
+        ("text,label\nfine,good\nx,2\n", 3, ["the label 2 after 'good'"]),
+        ("sentence;mood\nfine;0\n", 1, ['no column is called "text"', "begin the file with a header"]),
+        ('"1","fine","day"\n"2","no description"\n', 2, ["2 fields, but 3 columns", "quotes around each text"]),
+        ('"class","title","description"\n"1","fine","day"\n', 1, ['no column is called "text"']),
         ('"1","fine","day"\n"2",""," "\n', 2, ["the text is empty"]),
     ],
 )
-def test_a_bad_row_of_csv_is_refused_with_the_line_where_it_begins(tmp_path, rows, line, says):
+def test_a_bad_row_of_csv_is_refused_with_its_first_line(tmp_path, rows, line, says):
     message = data_refusal(tmp_path, train_csv=rows)
     assert message.startswith(f"{tmp_path / 'train.csv'}, line {line}: ")
     assert all(part in message for part in says), message
@@ -168,7 +168,7 @@ def test_a_bad_row_of_csv_is_refused_with_the_line_where_it_begins(tmp_path, row
 
 @pytest.mark.parametrize("before", [0, 1, 5000])
 @pytest.mark.parametrize("suffix", ["jsonl", "csv"])
-def test_bytes_that_are_not_utf_8_are_refused_with_their_line_however_far_down(tmp_path, before, suffix):
+def test_bytes_that_are_not_utf_8_are_refused_with_their_line(tmp_path, before, suffix):
     header, row, bad = {
         "jsonl": ("", '{"text": "déjà vu", "label": 0}\n', '{"text": "café", "label": 1}\n'),
         "csv": ("text,label\n", '"déjà\nvu",0\n', "café,1\n"),
@@ -189,28 +189,28 @@ def test_a_file_in_utf_16_is_refused(tmp_path):
 )
 def test_a_file_without_rows_is_refused_header_or_not(tmp_path, files):
     name = next(iter(files)).replace("_", ".")
-    assert data_refusal(tmp_path, **files) == f"{tmp_path / name} holds no rows"
+    assert data_refusal(tmp_path, **files) == f"{tmp_path / name} has no rows"
 
 
 def test_a_test_part_without_rows_is_refused(tmp_path):
-    assert data_refusal(tmp_path, train_jsonl=GOOD, test_jsonl="") == f"{tmp_path / 'test.jsonl'} holds no rows"
+    assert data_refusal(tmp_path, train_jsonl=GOOD, test_jsonl="") == f"{tmp_path / 'test.jsonl'} has no rows"
 
 
 @pytest.mark.parametrize(
     ("train_rows", "says"),
     [
-        ([(0, None), (2, None)], ["the labels are 0, 2, so 1 never occurs", "without gaps from 0 or 1"]),
-        ([(2, None), (3, None)], ["the labels are 2, 3, so 1 never occurs", "without gaps from 0 or 1"]),
-        ([(-1, None), (0, None)], ["the labels are -1, 0, so 1 never occurs"]),
-        ([(0, None), (10**400, None)], ["so 1 never occurs"]),
-        ([(1, None), (1, None)], ["every row has the label 1", "two classes at least"]),
-        ([("a", None)], ["every row has the label 'a'", "two classes at least"]),
-        ([(0, "A"), (1, "B"), (0, "C")], [", line 3: label 0 is called 'C', and 'A' before"]),
-        ([(0, "A"), (1, "B"), (0, None)], [", line 3: label 0 is called '0', and 'A' before"]),
-        ([(0, "A"), (1, "A")], [", line 2: label 1 is called 'A', as 0 is", "its own name"]),
+        ([(0, None), (2, None)], [", line 2: label 2 does not fit the 2 classes", "from 0 to 1"]),
+        ([(2, None), (3, None)], [", line 2: label 3 does not fit the 2 classes", "from 1 to 2"]),
+        ([(-1, None), (0, None)], [", line 1: label -1 does not fit the 2 classes"]),
+        ([(0, None), (10**400, None)], [", line 2: label 1000", "... does not fit the 2 classes"]),
+        ([(1, None), (1, None)], ["every row has the label 1", "at least two classes"]),
+        ([("a", None)], ["every row has the label 'a'", "at least two classes"]),
+        ([(0, "A"), (1, "B"), (0, "C")], [", line 3: label 0 is called 'C' here and 'A' before"]),
+        ([(0, "A"), (1, "B"), (0, None)], [", line 3: label 0 is called '0' here and 'A' before"]),
+        ([(0, "A"), (1, "A")], [", line 2: labels 0 and 1 are both called 'A'", "its own name"]),
     ],
 )
-def test_labels_that_number_no_classes_are_refused(tmp_path, train_rows, says):
+def test_labels_that_do_not_form_classes_are_refused(tmp_path, train_rows, says):
     rows = [{"text": "x", "label": label} | ({"label_text": text} if text else {}) for label, text in train_rows]
     message = data_refusal(tmp_path, train_jsonl="".join(json.dumps(row) + "\n" for row in rows))
     assert message.startswith(str(tmp_path / "train.jsonl"))
@@ -218,13 +218,14 @@ def test_labels_that_number_no_classes_are_refused(tmp_path, train_rows, says):
 
 
 @pytest.mark.parametrize("label", [2, -1, "one"])
-def test_a_label_that_only_the_test_part_has_is_refused_with_its_line_and_the_ones_there_are(tmp_path, label):
+def test_a_label_that_only_the_test_part_has_is_refused(tmp_path, label):
+    """With its line and the labels that are known."""
     test = GOOD + json.dumps({"text": "x", "label": label}) + "\n"
     message = data_refusal(tmp_path, train_jsonl=GOOD, test_jsonl=test)
-    assert message == f"{tmp_path / 'test.jsonl'}, line 3: label {label!r} is none of the training part's: 0, 1"
+    assert message == f"{tmp_path / 'test.jsonl'}, line 3: label {label!r} is not in the training part, which has 0, 1"
 
 
-def test_texts_in_the_place_of_labels_are_shown_in_one_short_line(tmp_path):
+def test_texts_in_place_of_labels_are_shown_in_one_short_line(tmp_path):
     rows = [{"text": "x", "label": f"A whole article\nof many words, number {i}. " * 50} for i in range(20)]
     test = [{"text": "x", "label": "a line\nand another" * 100}]
     files = {f"{part}_jsonl": "".join(json.dumps(row) + "\n" for row in r) for part, r in [("train", rows), ("test", test)]}
@@ -234,9 +235,9 @@ def test_texts_in_the_place_of_labels_are_shown_in_one_short_line(tmp_path):
 @pytest.mark.parametrize(
     ("classes", "says"),
     [
-        ("A\nB\n", "train.csv, line 3: label 3 has no name among the 2 in classes.txt"),
-        ("A\nB\nA\n", "classes.txt names 'A' twice"),
-        (b"A\n\xe9\nC\n", "classes.txt cannot be read as UTF-8"),
+        ("A\nB\n", "train.csv, line 3: label 3 does not fit the 2 classes in classes.txt; number them from 1 to 2"),
+        ("A\nB\nA\n", "classes.txt lists 'A' twice"),
+        (b"A\n\xe9\nC\n", "classes.txt, line 2: not UTF-8"),
     ],
 )
 def test_a_classes_txt_that_does_not_name_the_classes_is_refused(tmp_path, classes, says):
@@ -244,42 +245,43 @@ def test_a_classes_txt_that_does_not_name_the_classes_is_refused(tmp_path, class
     assert message.startswith(f"{tmp_path}{os.sep}{says}")
 
 
-def test_names_in_classes_txt_do_not_hide_that_there_is_one_class_only(tmp_path):
-    assert "two classes at least" in data_refusal(tmp_path, train_csv="1,x,y\n1,z,y\n", classes_txt="A\nB\n")
+def test_classes_txt_does_not_hide_that_there_is_only_one_class(tmp_path):
+    assert "at least two classes" in data_refusal(tmp_path, train_csv="1,x,y\n1,z,y\n", classes_txt="A\nB\n")
 
 
 @pytest.mark.parametrize(
     ("files", "says"),
     [
-        ({"train_jsonl": GOOD, "train_csv": "text,label\nx,0\ny,1\n"}, "both train.jsonl and train.csv"),
-        ({"readme_txt": "nothing"}, "neither train.jsonl nor train.csv"),
-        ({"test_jsonl": GOOD}, "neither train.jsonl nor train.csv"),
+        ({"train_jsonl": GOOD, "train_csv": "text,label\nx,0\ny,1\n"}, "both"),
+        ({"readme_txt": "nothing"}, "neither"),
+        ({"test_jsonl": GOOD}, "neither"),
     ],
 )
 def test_a_folder_with_two_training_parts_or_none_is_refused(tmp_path, files, says):
-    assert data_refusal(tmp_path, **files) == f"{tmp_path} holds {says}; one of them is needed"
+    assert data_refusal(tmp_path, **files) == f"{tmp_path} contains {says} of train.jsonl and train.csv; one is needed"
 
 
 def test_a_folder_without_a_test_part_is_refused_with_the_remedy(tmp_path):
     (tmp_path / "train.csv").write_text("text,label\nx,0\ny,1\n")
     message = refusal(load_dataset, str(tmp_path))
-    assert message == f"{tmp_path} holds train.csv but no test.csv: put some rows aside to test on"
+    assert message == f"{tmp_path} contains train.csv but not test.csv: move some rows there to test on"
 
 
-def test_a_folder_in_the_place_of_a_file_is_refused(tmp_path):
+def test_a_folder_in_place_of_a_file_is_refused(tmp_path):
     (tmp_path / "train.jsonl").mkdir()
     (tmp_path / "test.jsonl").mkdir()
     assert refusal(load_dataset, str(tmp_path)).startswith(f"{tmp_path / 'train.jsonl'} cannot be read")
 
 
-def test_a_data_set_that_is_a_file_is_refused_with_the_names_that_its_folder_should_hold(tmp_path):
+def test_a_file_in_place_of_a_data_set_is_refused(tmp_path):
+    """The message names the files that the folder should contain."""
     (tmp_path / "my.csv").write_text("text,label\n")
     message = refusal(load_dataset, str(tmp_path / "my.csv"))
-    assert message == f"{tmp_path / 'my.csv'} is a file: name a folder that holds train.csv and test.csv"
+    assert message == f"{tmp_path / 'my.csv'} is a file: name a folder that contains train.csv and test.csv"
 
 
 @pytest.mark.parametrize("name", ["agnews", "no/such/folder", "two\nlines", pytest.param("x" * 300, id="long")])
-def test_an_unknown_data_set_is_refused_with_the_names_there_are(name):
+def test_an_unknown_data_set_is_refused_with_the_known_names(name):
     message = refusal(load_dataset, name)
     assert message == f"there is no data set {name!r}: name a folder, or one of ag_news and sample"
 
@@ -304,25 +306,26 @@ def test_a_file_that_is_missing_or_a_folder_is_refused_by_name(model, name):
     assert model_refusal(model).startswith(str(model / name))
 
 
-def test_a_pickle_is_not_read_in_the_place_of_safetensors(model):
+def test_a_pickle_is_not_read_in_place_of_safetensors(model):
     (model / "model.safetensors").rename(model / "pytorch_model.bin")
     assert "safetensors files only" in model_refusal(model)
 
 
-def test_a_model_that_is_a_file_is_refused_with_what_its_folder_should_hold(model):
+def test_a_file_in_place_of_a_model_is_refused(model):
+    """The message names the files that the folder should contain."""
     message = model_refusal(model / "model.safetensors")
-    assert message.endswith("is a file: name the folder that holds config.json, tokenizer.json, model.safetensors")
+    assert message.endswith("is a file: name the folder that contains config.json, tokenizer.json, model.safetensors")
 
 
-@pytest.mark.parametrize("share", [0, 0.001, 0.01, 0.5, 0.9999])
-def test_a_safetensors_file_cut_anywhere_is_refused(model, share):
+@pytest.mark.parametrize("fraction", [0, 0.001, 0.01, 0.5, 0.9999])
+def test_a_safetensors_file_cut_anywhere_is_refused(model, fraction):
     path = model / "model.safetensors"
     content = path.read_bytes()
-    path.write_bytes(content[: int(share * len(content))])
+    path.write_bytes(content[: int(fraction * len(content))])
     assert model_refusal(model).startswith(f"{path} is not a whole safetensors file")
 
 
-def test_a_pickle_called_safetensors_is_refused_and_not_unpickled(model):
+def test_a_pickle_called_safetensors_is_not_unpickled(model):
     class Trap:
         def __reduce__(self):
             return pytest.fail, ("it was unpickled",)
@@ -337,20 +340,20 @@ def test_a_pickle_called_safetensors_is_refused_and_not_unpickled(model):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({NORM: None}, f"lacks {NORM}: it is not the checkpoint that its config.json describes"),
-        ({"foo": torch.zeros(1)}, "holds distilbert.foo, which DistilBERT does not have"),
-        ({NORM: torch.zeros(33)}, f"{NORM} has the shape (33,), and its config.json says (32,)"),
-        ({NORM: torch.tensor(1.0)}, f"{NORM} has the shape (), and its config.json says (32,)"),
-        ({NORM: torch.zeros(32, dtype=torch.int64)}, f"{NORM} holds torch.int64, not floating-point numbers"),
-        ({NORM: torch.full((32,), torch.nan)}, f"{NORM} holds numbers that are not finite"),
-        ({TOKEN_TYPE: torch.zeros(2, 33)}, "token types of the shape (2, 33) cannot be added to positions of (512, 32)"),
-        ({TOKEN_TYPE: torch.zeros(2, 1)}, "token types of the shape (2, 1) cannot be added to positions of (512, 32)"),
-        ({TOKEN_TYPE: torch.zeros(0, 32)}, "token types of the shape (0, 32) cannot be added"),
-        ({TOKEN_TYPE: torch.tensor(1.0)}, "token types of the shape () cannot be added"),
+        ({NORM: None}, f"lacks {NORM}: it does not belong to its config.json"),
+        ({"foo": torch.zeros(1)}, "contains distilbert.foo, which DistilBERT does not have"),
+        ({NORM: torch.zeros(33)}, f"{NORM} has the shape (33,), but config.json says (32,)"),
+        ({NORM: torch.tensor(1.0)}, f"{NORM} has the shape (), but config.json says (32,)"),
+        ({NORM: torch.zeros(32, dtype=torch.int64)}, f"{NORM} is torch.int64, not floating point"),
+        ({NORM: torch.full((32,), torch.nan)}, f"{NORM} contains NaN or infinity"),
+        ({TOKEN_TYPE: torch.zeros(2, 33)}, "token types of shape (2, 33) cannot be added to positions of shape (512, 32)"),
+        ({TOKEN_TYPE: torch.zeros(2, 1)}, "token types of shape (2, 1) cannot be added to positions of shape (512, 32)"),
+        ({TOKEN_TYPE: torch.zeros(0, 32)}, "token types of shape (0, 32) cannot be added"),
+        ({TOKEN_TYPE: torch.tensor(1.0)}, "token types of shape () cannot be added"),
         ({"pre_classifier.bias": torch.zeros(32)}, "lacks pre_classifier.weight, classifier.weight, classifier.bias"),
     ],
 )
-def test_weights_that_are_not_those_of_the_configuration_are_refused_by_name(model, changes, says):
+def test_weights_that_contradict_the_configuration_are_refused(model, changes, says):
     def change(weights):
         for key, tensor in changes.items():
             weights.pop(key, None)
@@ -363,32 +366,33 @@ def test_weights_that_are_not_those_of_the_configuration_are_refused_by_name(mod
     assert says in message
 
 
-def test_a_head_for_another_number_of_classes_is_refused_with_both_numbers_and_the_remedy(classifier_folder):
+def test_a_head_for_another_number_of_classes_is_refused(classifier_folder):
+    """With both numbers and the remedy."""
     message = model_refusal(classifier_folder, num_labels=4)
-    assert message.endswith("model.safetensors has a head for 2 classes and the data has 4: name the base model")
+    assert message.endswith("model.safetensors has a head for 2 classes, but the data has 4: use the base model")
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"model_type": "roberta"}, "model_type is 'roberta'; DistilBERT and the BERT family are read"),
+        ({"model_type": "roberta"}, "model_type is 'roberta'; only DistilBERT and BERT are supported"),
         ({"model_type": ["bert"]}, "model_type is ['bert']"),
-        ({"n_heads": 5}, "5 heads do not divide the dimension 32"),
+        ({"n_heads": 5}, "dim 32 is not divisible by n_heads 5"),
         ({"n_heads": 0}, "n_heads is 0"),
-        ({"hidden_act": "relu"}, "hidden_act is 'relu', and this DistilBERT has 'gelu' only"),
-        ({"activation": "relu"}, "activation is 'relu', and this DistilBERT has 'gelu' only"),
+        ({"hidden_act": "relu"}, "hidden_act is 'relu'; only 'gelu' is supported"),
+        ({"activation": "relu"}, "activation is 'relu'; only 'gelu' is supported"),
         ({"dim": "32"}, "dim is '32'"),
-        ({"dim": 32.0}, "dim is 32.0"),
+        ({"dim": 32.0}, "dim is 32.0; it must be a whole number, at least 1 and below 1048576"),
         ({"dim": 10**30}, f"dim is {10**30}"),
         ({"hidden_dim": 1 << 62}, f"hidden_dim is {1 << 62}"),
         ({"n_layers": True}, "n_layers is True"),
-        ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"dropout": 1.0}, "dropout is 1.0; it must be a number, at least 0 and below 1"),
         ({"attention_dropout": float("nan")}, "attention_dropout is nan"),
         ({"pad_token_id": None}, "pad_token_id is None"),
-        ({"pad_token_id": 30522}, "pad_token_id is 30522, beyond the 30522 words of the vocabulary"),
+        ({"pad_token_id": 30522}, "pad_token_id 30522 is outside the vocabulary of 30522 words"),
     ],
 )
-def test_a_configuration_of_another_model_or_of_none_is_refused(model, changes, says):
+def test_a_configuration_of_an_unsupported_model_is_refused(model, changes, says):
     write_config(model, **changes)
     message = model_refusal(model)
     assert message.startswith(f"{model / 'config.json'}: ")
@@ -398,7 +402,7 @@ def test_a_configuration_of_another_model_or_of_none_is_refused(model, changes, 
 @pytest.mark.parametrize(
     "content", [b"", b"{nope", pytest.param(b"[" * 100_000, id="deep"), b'{"dim": "\xe9"}', b"[1, 2]", b"null"]
 )
-def test_a_configuration_that_is_no_json_object_is_refused(model, content):
+def test_a_configuration_that_is_not_a_json_object_is_refused(model, content):
     (model / "config.json").write_bytes(content)
     assert model_refusal(model).startswith(str(model / "config.json"))
 
@@ -408,14 +412,14 @@ def test_a_tokenizer_that_is_garbage_is_refused(model, content):
     (model / "tokenizer.json").write_text(content)
     message = model_refusal(model)
     assert message.startswith(f"{model / 'tokenizer.json'} is not a tokenizer")
-    assert message.endswith("fetch it again")
+    assert message.endswith("download it again")
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda it: it["model"]["vocab"].update({"the": 40_000}), "has 40001 words, and the model 30522"),
-        (lambda it: it["model"]["vocab"].update({"brandnew": 30_522}), "has 30523 words, and the model 30522"),
+        (lambda it: it["model"]["vocab"].update({"the": 40_000}), "has 40001 words, but the model has 30522"),
+        (lambda it: it["model"]["vocab"].update({"brandnew": 30_522}), "has 30523 words, but the model has 30522"),
         (lambda it: it["model"].update(unk_token="no such word"), "Missing [UNK] token"),
         (lambda it: it.update(post_processor=None), "does not put a text between [CLS] and [SEP]"),
     ],
@@ -428,7 +432,7 @@ def test_a_tokenizer_that_does_not_fit_the_model_is_refused(model, change, says)
     assert says in message
 
 
-def test_a_name_that_is_too_long_for_a_file_or_the_hub_is_refused():
+def test_a_name_that_is_too_long_is_refused():
     assert "neither a folder nor the name of a model on the hub" in model_refusal("x" * 300)
 
 
@@ -483,7 +487,7 @@ def run_refusal(capsys, tmp_path, *arguments, model="minilm", dataset="sample"):
         ("sample", ["unrecognized arguments: sample", "--help"]),
     ],
 )
-def test_an_option_that_cannot_be_meant_is_refused_by_name(capsys, tmp_path, typed, says):
+def test_an_invalid_option_is_refused_by_name(capsys, tmp_path, typed, says):
     message = run_refusal(capsys, tmp_path, *typed.split())
     assert all(part in message for part in says), message
 
@@ -493,7 +497,7 @@ def test_a_newline_in_what_was_typed_does_not_break_the_message(capsys, tmp_path
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_a_gpu_where_there_is_none_is_refused_with_the_remedy(capsys, tmp_path):
+def test_a_missing_gpu_is_refused_with_the_remedy(capsys, tmp_path):
     message = run_refusal(capsys, tmp_path, "--device", "cuda")
     assert message == "--device is cuda, and PyTorch finds none on this machine: leave it out, or use cpu"
 
@@ -522,18 +526,20 @@ def test_targets_that_cannot_be_adapted_are_refused(capsys, tmp_path, base_folde
         (["--r", "33"], "--r is 33, and no layer of {} has a rank above 32"),
     ],
 )
-def test_an_option_that_is_too_much_for_the_model_is_refused_with_what_it_can_do(capsys, tmp_path, base_folder, typed, says):
+def test_an_option_beyond_the_models_limit_is_refused(capsys, tmp_path, base_folder, typed, says):
+    """The message names the limit."""
     assert run_refusal(capsys, tmp_path, *typed, model=base_folder) == says.format(base_folder)
 
 
-def test_what_is_wrong_with_data_or_model_reaches_the_command_line(capsys, tmp_path, classifier_folder):
+def test_errors_in_data_or_model_reach_the_command_line(capsys, tmp_path, classifier_folder):
     data = data_folder(tmp_path / "data", train_jsonl=GOOD + "[]\n")
     assert run_refusal(capsys, tmp_path, dataset=data).startswith(f"{Path(data, 'train.jsonl')}, line 3: ")
-    assert "has a head for 2 classes and the data has 4" in run_refusal(capsys, tmp_path, model=classifier_folder)
+    assert "has a head for 2 classes, but the data has 4" in run_refusal(capsys, tmp_path, model=classifier_folder)
     assert run_refusal(capsys, tmp_path, dataset="agnews").startswith("there is no data set 'agnews'")
 
 
-def test_a_model_that_is_neither_here_nor_on_the_hub_is_refused_by_name_with_the_remedy(capsys, tmp_path):
+def test_a_model_that_cannot_be_found_is_refused_by_name(capsys, tmp_path):
+    """With the remedy."""
     message = run_refusal(capsys, tmp_path, model="no-one/no-such-model")
     assert "no-one/no-such-model" in message
     assert "name a folder" in message
@@ -551,13 +557,13 @@ def test_an_empty_name_is_refused_and_not_taken_for_the_default(capsys, tmp_path
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("file", "exists and is not an empty folder: name another, or move it away"),
-        ("full", "exists and is not an empty folder: name another, or move it away"),
+        ("file", "exists and is not an empty folder: name another folder, or move it away"),
+        ("full", "exists and is not an empty folder: name another folder, or move it away"),
         ("file/below", "cannot be written: Not a directory"),
         pytest.param("x" * 300, "cannot be written: File name too long", id="long"),
     ],
 )
-def test_an_output_folder_that_cannot_be_new_is_refused_and_what_is_there_stays(capsys, tmp_path, base_folder, name, says):
+def test_an_output_folder_that_is_taken_is_refused_and_kept(capsys, tmp_path, base_folder, name, says):
     (tmp_path / "file").write_text("precious")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "results.json").write_text("precious")
@@ -593,7 +599,7 @@ def process(*arguments, **environment):
     )
 
 
-def test_the_process_ends_with_status_2_one_line_on_stderr_and_no_traceback(tmp_path):
+def test_a_refused_process_ends_with_status_2_and_one_line(tmp_path):
     data = data_folder(tmp_path / "data", train_csv='text,label\nx,0\n"never closed,1\n')
     ended = process("--model", "minilm", "--dataset", data, "--output-dir", tmp_path / "out")
     assert ended.returncode == 2
@@ -603,7 +609,7 @@ def test_the_process_ends_with_status_2_one_line_on_stderr_and_no_traceback(tmp_
     assert not (tmp_path / "out").exists()
 
 
-def test_a_console_that_cannot_show_a_class_name_does_not_cost_the_run(tmp_path, base_folder):
+def test_a_console_that_cannot_show_a_name_ends_no_run(tmp_path, base_folder):
     data = data_folder(tmp_path / "data", train_jsonl='{"text": "x", "label": "thé"}\n{"text": "y", "label": "café"}\n')
     options = ["--model", base_folder, "--dataset", data, "--output-dir", tmp_path / "out", "--epochs", 1]
     ended = process(*options, PYTHONIOENCODING="ascii")

@@ -22,10 +22,7 @@ from hub_server import Hub
 from data.datasets import SAMPLE
 
 ROOT = Path(__file__).parents[2]
-MODEL, FULL_NAME = (
-    "distilbert-base-uncased",
-    "distilbert/distilbert-base-uncased",
-)  # the hub redirects from the one to the other
+MODEL, FULL_NAME = "distilbert-base-uncased", "distilbert/distilbert-base-uncased"  # the hub redirects to the full name
 TINY = "ann/tiny"
 DATASET = "datasets/SetFit/ag_news"
 BAD_DAY = ["500", "later", "circle", "stall", "trickle", "other", "longer"]
@@ -225,7 +222,8 @@ print(json.dumps([attempt(mark, "ann/tiny"), attempt(lambda: len(load_dataset("a
             process.communicate()
 
 
-def test_a_checkpoint_of_full_size_loads_with_the_files_weights_a_random_head_and_a_tokenizer(hub, home, full):
+def test_a_checkpoint_of_full_size_loads_with_a_random_head(hub, home, full):
+    """The encoder has the file's weights; the cache serves later runs, with the hub and without it."""
     hub.add(FULL_NAME, full)
     code = """
 classifier, tokenizer = load_pretrained("distilbert-base-uncased", 4)
@@ -258,7 +256,7 @@ print(json.dumps({
 
 
 @pytest.mark.slow
-def test_a_connection_cut_half_way_leaves_nothing_that_a_later_run_would_read(hub, home, full):
+def test_a_cut_connection_leaves_no_file_that_a_later_run_reads(hub, home, full):
     hub.add(FULL_NAME, full)
     hub.fault("cut", "GET", f"{FULL_NAME}/model.safetensors")
     attempt = "print(json.dumps(attempt(same_as, sys.argv[1])))"
@@ -280,7 +278,7 @@ def test_a_connection_cut_half_way_leaves_nothing_that_a_later_run_would_read(hu
     assert int(ranges[1].removeprefix("bytes=").removesuffix("-")) > 100e6
 
 
-def test_a_revision_is_obeyed_by_branch_and_by_commit(hub, home, tiny):
+def test_a_revision_may_be_a_branch_or_a_commit(hub, home, tiny):
     first = hub.add(TINY, tiny(1.0), branch="v1")
     second = hub.add(TINY, tiny(2.0), branch="feature/two")
     hub.add(TINY, tiny(3.0))
@@ -288,7 +286,8 @@ def test_a_revision_is_obeyed_by_branch_and_by_commit(hub, home, tiny):
     assert run(hub.url, home, code, "", "v1", first, "feature/two", second) == [3.0, 1.0, 1.0, 2.0, 2.0]
 
 
-def test_all_files_come_from_one_commit_even_if_main_moves_between_them(hub, home, tiny):
+def test_all_files_come_from_one_commit(hub, home, tiny):
+    """Even if main moves between two downloads."""
     old, new = tiny(1.0), tiny(2.0)
     commit = hub.add(TINY, old)
 
@@ -303,7 +302,8 @@ def test_all_files_come_from_one_commit_even_if_main_moves_between_them(hub, hom
     assert set(later) == {commit}
 
 
-def test_a_run_keeps_to_one_commit_even_if_main_moves_while_it_trains_and_says_which(hub, home, tiny, tmp_path):
+def test_a_run_uses_and_reports_one_commit(hub, home, tiny, tmp_path):
+    """Even if main moves during training."""
     files = tiny(0.5)
     commit = hub.add(TINY, files)
 
@@ -320,7 +320,7 @@ def test_a_run_keeps_to_one_commit_even_if_main_moves_while_it_trains_and_says_w
     assert results["sha256"]["weights"] == hashlib.sha256(files["model.safetensors"].read_bytes()).hexdigest()
 
 
-def test_what_the_hub_does_not_have_is_refused_by_name_in_one_line(hub, home, tiny):
+def test_what_the_hub_lacks_is_refused_by_name_in_one_line(hub, home, tiny):
     hub.add(TINY, tiny(1.0))
     files = tiny(2.0)
     hub.add("ann/pickled", {"pytorch_model.bin": files.pop("model.safetensors")} | files)
@@ -364,7 +364,8 @@ print(json.dumps([
     assert run(hub.url, home, code) == expected
 
 
-def test_without_a_hub_the_embedded_model_and_data_step_in_and_say_so_first_and_last(hub, home, tmp_path):
+def test_without_a_hub_the_embedded_model_and_data_are_used(hub, home, tmp_path):
+    """The run says so first and last."""
     hub.stop()
     process = train(hub.url, home, "--output-dir", tmp_path / "out")
     assert process.returncode == 0, process.stderr
@@ -378,7 +379,7 @@ def test_without_a_hub_the_embedded_model_and_data_step_in_and_say_so_first_and_
     assert (results["model"], results["dataset"], results["embedded"]) == ("minilm", "sample", True)
 
 
-def test_without_a_hub_a_model_that_was_typed_is_refused(hub, home, tmp_path):
+def test_without_a_hub_a_model_that_was_named_is_refused(hub, home, tmp_path):
     hub.stop()
     process = train(hub.url, home, "--output-dir", tmp_path / "out", "--model", MODEL, "--dataset", "sample")
     assert process.returncode == 2
@@ -396,7 +397,7 @@ def train(endpoint: str, home: Path, *arguments: object) -> subprocess.Completed
 
 
 @pytest.mark.parametrize("case", ["refused", "silent", "name server hangs", "out of order", "portal"])
-def test_an_unreachable_hub_is_found_out_within_10_seconds_and_asked_once(slow, case):
+def test_an_unreachable_hub_is_noticed_in_10_s_and_asked_once(slow, case):
     model, dataset = finish(slow[case])
     assert model["error"] == dataset["error"] == "HubUnreachable"
     assert "config.json of the model ann/tiny" in model["message"]
@@ -406,7 +407,7 @@ def test_an_unreachable_hub_is_found_out_within_10_seconds_and_asked_once(slow, 
 
 
 @pytest.mark.parametrize(("case", "file"), [("500 for one file", "config.json"), ("silent in one file", "model.safetensors")])
-def test_a_hub_that_fails_in_one_file_is_given_up_in_bounded_time(slow, case, file):
+def test_a_hub_that_fails_for_one_file_is_given_up_in_a_minute(slow, case, file):
     result = finish(slow[case])
     assert result["error"] == "UserError"
     assert f"{file} of {TINY}" in result["message"]
@@ -416,7 +417,8 @@ def test_a_hub_that_fails_in_one_file_is_given_up_in_bounded_time(slow, case, fi
 
 
 @pytest.mark.parametrize("fault", BAD_DAY)
-def test_on_a_bad_day_the_hub_is_given_up_within_half_a_minute_and_nothing_half_written_is_used(slow, homes, fault):
+def test_a_faulty_download_is_given_up_within_half_a_minute(slow, homes, fault):
+    """No partial file is used."""
     result = finish(slow[fault])
     assert result["error"] == "UserError", result
     assert "model.safetensors of ann/tiny" in result["message"]

@@ -1,4 +1,4 @@
-"""Standard output and error that are full, closed, or read by nobody: one clear line where there is one, and no work lost."""
+"""Standard output and error that are full, closed, or no longer read: one clear line if possible, and no work lost."""
 
 import json
 import os
@@ -19,7 +19,7 @@ def train(model: Path, run: Path, redirection: str, *more: str) -> subprocess.Co
 
 
 def shell(command: list, redirection: str) -> subprocess.CompletedProcess:
-    """Its status is that of the command, and not of what reads its output."""
+    """The exit status is that of the command, not of the program that reads its output."""
     line = f'"$@" {redirection}; exit ${{PIPESTATUS[0]}}'
     words = ["bash", "-c", line, "bash", *map(str, command)]
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=100)
@@ -37,7 +37,7 @@ def shell(command: list, redirection: str) -> subprocess.CompletedProcess:
         (">&- 2>&-", 0),
     ],
 )
-def test_training_goes_on_to_its_end_whatever_becomes_of_its_output(small_model, tmp_path, redirection, status):
+def test_training_goes_on_to_its_end_if_output_fails(small_model, tmp_path, redirection, status):
     run = tmp_path / "run"
     done = train(small_model, run, redirection)
     assert done.returncode == status
@@ -49,14 +49,14 @@ def test_training_goes_on_to_its_end_whatever_becomes_of_its_output(small_model,
 
 @FULL
 @pytest.mark.slow
-def test_a_refusal_keeps_its_status_where_nobody_can_read_it(small_model, tmp_path):
+def test_a_refusal_keeps_its_status_if_output_fails(small_model, tmp_path):
     for redirection in ("> /dev/full 2>&1", "2>&-"):
         assert train(small_model, tmp_path / "run", redirection, "--r", "0").returncode == 2
 
 
 @FULL
 @pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 3000])
-def test_labels_that_cannot_be_written_are_one_line_and_status_2(whole_run, tmp_path, count):
+def test_labels_that_cannot_be_written_end_in_one_line(whole_run, tmp_path, count):
     (tmp_path / "texts.txt").write_text("A text that is labelled.\n" * count)
     predict = [sys.executable, "predict.py", whole_run[0], "--input", tmp_path / "texts.txt"]
     done = shell(predict, "> /dev/full")

@@ -1,4 +1,4 @@
-"""What must hold for any input: hypothesis looks for one for which it does not. The same inputs every time (derandomize)."""
+"""What must hold for any input: hypothesis searches for a counterexample, among the same inputs each time (derandomize)."""
 
 import contextlib
 import csv
@@ -211,9 +211,9 @@ def whole() -> tuple[bytes, bytes, bytes, dict]:
     with folder() as root:
         model.save_pretrained(root)
         optimizer = AdamW([{"params": [p for p in model.parameters() if p.requires_grad], "lr": 0.1}], 0.0)
-        about = {name: {} for name in ("options", "fingerprint")} | {"before": [[1]], "commit": None, "processes": 1}
-        about |= dict.fromkeys(("model", "dataset", "notice"), "")
-        Checkpoints(root, 1, about, write=True).save(7, model, optimizer, 0.0, [])
+        metadata = {name: {} for name in ("options", "fingerprint")} | {"before": [[1]], "commit": None, "processes": 1}
+        metadata |= dict.fromkeys(("model", "dataset", "notice"), "")
+        Checkpoints(root, 1, metadata, write=True).save(7, model, optimizer, 0.0, [])
         files = [root / "adapter_model.safetensors", root / "adapter_config.json", newest_first(root)[0]]
         contents = [path.read_bytes() for path in files]
     return *contents, safetensors.torch.load(contents[2])
@@ -226,16 +226,16 @@ def test_a_damaged_checkpoint_is_read_correctly_or_refused(rng):
         (root / "checkpoints").mkdir()
         (root / "checkpoints" / "step-00000007.safetensors").write_bytes(content)
         try:
-            saved = read_newest(root)
+            checkpoint = read_newest(root)
         except UserError:
             return
-        assert saved.step == 7
-        assert saved.tensors.keys() == tensors.keys()
-        assert all(torch.equal(tensor, tensors[key]) for key, tensor in saved.tensors.items())
+        assert checkpoint.step == 7
+        assert checkpoint.tensors.keys() == tensors.keys()
+        assert all(torch.equal(tensor, tensors[key]) for key, tensor in checkpoint.tensors.items())
 
 
 @given(st.randoms(use_true_random=False), st.booleans())
-def test_a_damaged_adapter_is_read_or_refused_and_the_model_left_alone(rng, weights):
+def test_a_damaged_adapter_is_read_or_the_model_left_alone(rng, weights):
     contents = [mutate(content, rng) if i != weights else content for i, content in enumerate(whole()[:2])]
     base = Net([4, 3], 2)
     with folder() as root, warnings.catch_warnings(action="ignore"):
@@ -283,7 +283,8 @@ def as_texts(lengths: np.ndarray) -> TokenizedTexts:
 
 
 @given(texts, st.integers(3, 20))
-def test_a_text_is_tokenised_alone_as_among_others_between_its_marks_and_within_its_limit(said, limit):
+def test_a_text_is_tokenised_alone_as_among_others(said, limit):
+    """Between [CLS] and [SEP], and within the limit."""
     assume(is_utf_8(*said))
     tokenizer = tiny_tokenizer()
     together = tokenize(tokenizer, said, limit)
@@ -296,7 +297,8 @@ def test_a_text_is_tokenised_alone_as_among_others_between_its_marks_and_within_
 
 
 @given(lengths, st.integers(1, 40), seeds, st.integers(0, 1000))
-def test_every_example_is_met_once_an_epoch_in_an_order_that_seed_and_epoch_decide(lengths, size, seed, epoch):
+def test_seed_and_epoch_decide_the_order_of_examples(lengths, size, seed, epoch):
+    """Every example occurs once."""
     batches = training_batches(lengths, size, seed, epoch)
     assert sorted(np.concatenate(batches)) == list(range(len(lengths)))
     assert sorted(map(len, batches))[1:] == [size] * (len(batches) - 1)
@@ -306,26 +308,27 @@ def test_every_example_is_met_once_an_epoch_in_an_order_that_seed_and_epoch_deci
 
 
 @given(lengths, st.integers(1, 2000), st.integers(1, 5))
-def test_parts_and_batches_hold_every_example_once_and_no_more_tokens_than_may_be(lengths, tokens, world):
+def test_shards_and_batches_have_every_example_once(lengths, tokens, world):
+    """Batches stay within their bound on tokens."""
     everything = np.arange(len(lengths))
-    shares = []
+    shards = []
     for rank in range(world):
         processes = Distributed()
         processes.rank, processes.world_size = rank, world
-        shares.append(processes.shard(everything))
+        shards.append(processes.shard(everything))
     for batches, whole in [
-        (shares, everything),
+        (shards, everything),
         (evaluation_batches(lengths, tokens), everything),
-        *((micro_batches(lengths, share, tokens), share) for share in shares),
+        *((micro_batches(lengths, shard, tokens), shard) for shard in shards),
     ]:
         assert sorted(np.concatenate([np.empty(0, int), *batches])) == sorted(whole)
-        if batches is not shares:
+        if batches is not shards:
             assert all(len(batch) * lengths[batch].max() <= tokens or len(batch) == 1 for batch in batches)
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert max(map(len, shards)) - min(map(len, shards)) <= 1
 
 
 @given(lengths, st.data())
-def test_padding_adds_nothing_that_the_mask_does_not_hide(lengths, data):
+def test_the_mask_hides_all_padding(lengths, data):
     batch = np.array(data.draw(st.lists(st.integers(0, len(lengths) - 1), min_size=1, max_size=20)))
     input_ids, mask = pad(as_texts(lengths), batch)
     assert input_ids.shape == mask.shape == (len(batch), lengths[batch].max())
@@ -350,17 +353,18 @@ def test_f1_is_that_of_scikit_learn(pairs):
 
 
 @given(st.integers(1, 300), st.floats(0, 1))
-def test_the_learning_rate_rises_then_falls_and_is_a_share_of_the_highest(steps, warmup):
-    shares = np.array([schedule(step, steps, warmup) for step in range(1, steps + 1)])
-    assert ((shares > 0) & (shares <= 1)).all()
-    top = int(shares.argmax())
-    assert (np.diff(shares[: top + 1]) >= 0).all()
-    assert (np.diff(shares[top:]) <= 0).all()
+def test_the_learning_rate_rises_then_falls(steps, warmup):
+    rates = np.array([schedule(step, steps, warmup) for step in range(1, steps + 1)])
+    assert ((rates > 0) & (rates <= 1)).all()
+    top = int(rates.argmax())
+    assert (np.diff(rates[: top + 1]) >= 0).all()
+    assert (np.diff(rates[top:]) <= 0).all()
 
 
 @settings(max_examples=20)
 @given(st.floats(0, 0.95), st.sampled_from([torch.float32, torch.bfloat16]), st.integers(0, 1 << 32))
-def test_dropout_keeps_the_expectation_and_every_value_but_for_its_scale(p, dtype, seed):
+def test_dropout_keeps_the_expectation(p, dtype, seed):
+    """All values that are kept have the same scale."""
     torch.manual_seed(seed)
     x = torch.ones(40_003, dtype=dtype)
     y = dropout(x, p).float()
