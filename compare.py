@@ -25,7 +25,7 @@ def run(arguments: list[str] | None) -> None:
     typed = parse(arguments, __doc__)
     for name in REFUSED:
         if name in typed:
-            raise UserError(f"compare.py does not take {flag(name)}, since it runs every method from the start: leave it out")
+            raise UserError(f"{flag(name)} is not for compare.py, which runs every method from the start: leave it out")
     Options(**typed)  # report a wrong option before anything runs
     folder = Path(typed.pop("output_dir", f"runs/{datetime.now():%Y-%m-%d-%H%M%S}-compare"))
     refuse_to_overwrite(folder)

@@ -112,7 +112,7 @@ def spectra(title: str, layers: Layers) -> str:
             ax.plot(range(1, len(values) + 1), values, "o-", color=colour, alpha=alpha, markersize=3.5, linewidth=1.3)
         ax.set_title(kind)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        ax.set_ylim(bottom=0)
+    axes[0, 0].set_ylim(bottom=0)  # of every panel, and last: it ends the scaling of the shared axis to the lines
     figure.supxlabel("number of the singular value", fontsize=FONT_SIZE)
     figure.supylabel("singular value", fontsize=FONT_SIZE)
     return svg(figure, title)

@@ -332,7 +332,7 @@ def test_compare_runs_every_method_and_prints_one_table(tmp_path, small_model, c
 
 def test_compare_refuses_wrong_options_before_it_runs_anything(capfd):
     assert compare.main(["--method", "lora"]) == 2
-    assert "compare.py does not take --method" in capfd.readouterr().err
+    assert "--method is not for compare.py" in capfd.readouterr().err
     assert compare.main(["--batch-size", "0"]) == 2
     assert "--batch-size is 0" in capfd.readouterr().err
 

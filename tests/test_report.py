@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.image
@@ -24,7 +25,7 @@ from lora import LoRALinear
 from lora.variants import DoRALinear
 from reporting import page
 from reporting.geometry import amplification, effective_rank, geometry, subspace_similarity, thin_svd
-from reporting.pictures import STYLE, svg
+from reporting.pictures import STYLE, spectra, svg
 from reporting.results import place, read_geometry
 from training.inference import label, load_classifier
 
@@ -364,6 +365,11 @@ def test_any_text_can_stand_in_a_picture():
         figure = Figure()
         figure.text(0.5, 0.5, "a $b$ <c>")
         assert "a $b$ &lt;c&gt;" in svg(figure, "Words")
+
+
+def test_the_axis_of_the_spectra_holds_every_panel():
+    small, large = (replace(geometry(adapted_layer(2)), singular_values=torch.tensor([top, 0.1])) for top in (1.0, 10.0))
+    assert ">10<" in spectra("Spectra", {"q_lin": {0: small}, "v_lin": {0: large}})
 
 
 # The browser
