@@ -1,10 +1,10 @@
-"""LoRA, full fine-tuning and the head alone on the same data and seed: the point of LoRA in one table.
+"""Compare LoRA, full fine-tuning and a trained head on the same data and seed, in one table.
 
 python compare.py --model minilm --dataset sample         a minute on two cores
-python compare.py --dataset my/folder --train-limit 1000  with the options of train.py; those of LoRA are for LoRA alone
+python compare.py --dataset my/folder --train-limit 1000  takes the options of train.py; those of LoRA apply to LoRA only
 
-Each method is a run of train.py in a process of its own, so that its peak memory is its own, with the learning rate of
-its own unless one is typed. The folders of the three runs stay, in runs/ and a name of its own, or in --output-dir.
+Each method is a run of train.py in its own process, so that its peak memory can be measured. Without --learning-rate, each
+uses its own default. The three run folders are kept in a new folder in runs/, or in --output-dir.
 """
 
 import subprocess
@@ -17,51 +17,55 @@ from common.errors import UserError, run_cli
 from common.files import read_json, refuse_to_overwrite
 from training.options import LEARNING_RATES, OF_LORA, Options, flag, parse
 
-OWN = ("method", "resume", "merged_output")  # of train.py's options, those that have no meaning here
+REFUSED = ("method", "resume", "merged_output")  # options of train.py that make no sense for three runs
 COLUMNS = ("method", "trained parameters", "of all", "optimizer, MB", "saved, MB", "peak memory, MB", "seconds", "macro-F1")
 
 
 def run(arguments: list[str] | None) -> None:
     typed = parse(arguments, __doc__)
-    for name in OWN:
+    for name in REFUSED:
         if name in typed:
-            raise UserError(f"{flag(name)} is for train.py; here every method is run, from its beginning")
-    Options(**typed)  # what is wrong with an option is said before anything runs
+            raise UserError(f"{flag(name)} is not for compare.py, which runs every method from the start: leave it out")
+    Options(**typed)  # report a wrong option before anything runs
     folder = Path(typed.pop("output_dir", f"runs/{datetime.now():%Y-%m-%d-%H%M%S}-compare"))
     refuse_to_overwrite(folder)
-    results = {}
+    rows = []
     for method in LEARNING_RATES:
         options = {name: value for name, value in typed.items() if method == "lora" or name not in OF_LORA}
-        results[method] = train(options | {"method": method, "output_dir": str(folder / method), "quiet": True})
-        typed |= {what: results[method][what] for what in ("model", "dataset")}  # the others take what the first found
-    print(f"model {typed['model']}, data {typed['dataset']}: {results['lora']['train']['examples']:,} examples of training")
-    print(table([row(method, folder / method, result) for method, result in results.items()]))
+        results = train(options | {"method": method, "output_dir": str(folder / method), "quiet": True})
+        # If the first run fell back to the embedded model or data, the others must use the same.
+        typed |= {"model": results["model"], "dataset": results["dataset"]}
+        rows.append(row(method, folder / method, results))
+    epochs = results["options"]["epochs"]
+    examples = results["train"]["examples"] // epochs
+    print(f"model {typed['model']}, data {typed['dataset']}: {examples:,} training examples, epochs: {epochs}")
+    print(table(rows))
 
 
 def train(options: dict[str, Any]) -> dict[str, Any]:
-    """The results of a run of train.py with these options. Its progress goes to standard error, as ever."""
+    """Run train.py with these options and return its results. Its progress goes to standard error."""
     command = [sys.executable, str(Path(__file__).with_name("train.py"))]
     for name, value in options.items():
-        words = [] if value is True else value if isinstance(value, list) else [value]
-        command += [flag(name), *map(str, words)]
+        values = [] if value is True else value if isinstance(value, list) else [value]
+        command += [flag(name), *map(str, values)]
     print(f"--method {options['method']}", file=sys.stderr)
     if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
-        raise UserError(f"--method {options['method']} did not end well: train.py says above why")
+        raise UserError(f"train.py --method {options['method']} failed: its error is shown above")
     return read_json(Path(options["output_dir"]) / "results.json")
 
 
-def row(method: str, run: Path, results: dict[str, Any]) -> list[str]:
-    """What the table says of one run, in the order of COLUMNS."""
-    parameters, trained = results["parameters"], results["train"]
-    saved = sum(path.stat().st_size for name in ("adapter", "model") for path in (run / name).glob("*.safetensors"))
+def row(method: str, folder: Path, results: dict[str, Any]) -> list[str]:
+    """The cells of one run, in the order of COLUMNS."""
+    parameters, measured = results["parameters"], results["train"]
+    saved = sum(path.stat().st_size for name in ("adapter", "model") for path in (folder / name).glob("*.safetensors"))
     return [
         method,
         f"{parameters['trainable']:,}",
         f"{parameters['percent']:.2f} %",
-        f"{trained['optimizer_bytes'] / 1e6:,.1f}",
+        f"{measured['optimizer_bytes'] / 1e6:,.1f}",
         f"{saved / 1e6:,.1f}",
-        "unknown" if trained["peak_memory_mb"] is None else f"{trained['peak_memory_mb']:,.0f}",
-        f"{trained['seconds']:,.1f}",
+        "unknown" if measured["peak_memory_mb"] is None else f"{measured['peak_memory_mb']:,.0f}",
+        f"{measured['seconds']:,.1f}",
         f"{results['after']['macro_f1']:.4f}",
     ]
 

@@ -1,7 +1,7 @@
-"""What LoRA learned, as section 7 of the paper asks (Hu et al. 2021, arXiv:2106.09685), about one adapted layer at a time.
+"""Section 7 of the LoRA paper (Hu et al. 2021, arXiv:2106.09685) for one adapted layer at a time.
 
-W0 (d_out, d_in) is the pretrained weight, A (r, d_in) and B (d_out, r) are the adapter, dW is what is added to W0. All of it is
-computed in float64, and the singular values of BA from the thin factors, never from the (d_out, d_in) product.
+W0 (d_out, d_in) is the pretrained weight, A (r, d_in) and B (d_out, r) are the adapter, and dW is the update of W0. Everything
+is computed in float64. The singular values of BA come from the thin factors, not from the (d_out, d_in) product.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from lora.variants import DoRALinear
 @dataclass(frozen=True)
 class Geometry:
     relative_size: float  # |dW| / |W0|
-    singular_values: Tensor  # (r,) of the scaled BA, the largest first
+    singular_values: Tensor  # (r,) of (alpha / r) BA, the largest first
     effective_rank: float  # of BA, from 1 to r
     amplification: float  # section 7.3
     A: Tensor  # (r, d_in)
@@ -24,12 +24,12 @@ class Geometry:
 
 @torch.no_grad()
 def geometry(layer: LoRALinear) -> Geometry:
-    """The numbers of one layer; NaN where dW is zero and a question has no answer."""
+    """The geometry of one layer. Effective rank and amplification are NaN if dW is zero."""
     W0 = (layer.weight if layer.W0 is None else layer.W0).double()
     A, B = layer.lora_A.weight.double(), layer.lora_B.weight.double()
     U, values, Vh = thin_svd(layer.scaling * B, A)
     dW = layer.delta_weight().double()
-    if isinstance(layer, DoRALinear):  # it also scales the rows of W0, so that dW is no longer of rank r
+    if isinstance(layer, DoRALinear):  # DoRA also scales the rows of W0, so dW has a higher rank than r
         dW = layer.merged_weight().double() - W0
         U, _, Vh = torch.linalg.svd(dW, full_matrices=False)
         U, Vh = U[:, : len(values)], Vh[: len(values)]
@@ -39,7 +39,7 @@ def geometry(layer: LoRALinear) -> Geometry:
 def thin_svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """U (d_out, r), the singular values (r,) and Vh (r, d_in) of BA.
 
-    With B = Qb Rb and A^T = Qa Ra, BA = Qb (Rb Ra^T) Qa^T, and what is in brackets is no larger than r x r.
+    With B = Qb Rb and A^T = Qa Ra, BA = Qb (Rb Ra^T) Qa^T. The matrix in brackets is at most r x r.
     """
     Qb, Rb = torch.linalg.qr(B)
     Qa, Ra = torch.linalg.qr(A.T)
@@ -50,7 +50,7 @@ def thin_svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def effective_rank(values: Tensor) -> float:
     """exp(-sum p_i ln p_i) with p_i = value_i / sum of values: Roy & Vetterli 2007, "The effective rank", definition 1.
 
-    1 if one singular value is all there is, r if r of them are equal, NaN if all are zero.
+    1 if only one singular value is not zero, r if r are equal and the rest zero, NaN if all are zero.
     """
     return torch.special.entr(values / values.sum()).sum().exp().item()
 
@@ -63,8 +63,8 @@ def amplification(dW: Tensor, W0: Tensor, U: Tensor, Vh: Tensor) -> float:
 def subspace_similarity(A: Tensor, other: Tensor) -> Tensor:
     """phi (r, r') of A (r, d_in) and another run's A' (r', d_in): equation 4, for every i and j at once.
 
-    Entry [i - 1, j - 1] is |U_i^T U'_j|^2 / min(i, j), U_i the first i right singular vectors of A: 1 if one span lies within
-    the other, 0 if they are orthogonal, and max(i, j) / d_in on average if they are random.
+    Entry [i - 1, j - 1] is |U_i^T U'_j|^2 / min(i, j), where U_i holds the first i right singular vectors of A: 1 if one span
+    contains the other, 0 if they are orthogonal, and max(i, j) / d_in on average if they are random.
     """
     U, other_U = (torch.linalg.svd(matrix.double(), full_matrices=False)[2] for matrix in (A, other))
     overlap = (U @ other_U.T).square().cumsum(0).cumsum(1)

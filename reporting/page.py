@@ -1,12 +1,12 @@
-"""The pieces of a report's page, in HTML that needs nothing from elsewhere: no script, no font, no picture.
+"""The HTML of a report: one page without scripts that loads nothing.
 
-`html` is of this project; whatever else comes in (class names, options, texts) is escaped here.
+Titles, captions and bodies are HTML of our own. Everything else (class names, options, texts) is escaped here.
 """
 
 from html import escape
 from typing import Any
 
-LONGEST = 320  # characters that are shown of a text
+MAX_CHARACTERS = 320  # of a text
 
 CSS = """
 :root { color-scheme: light dark; --page: #f4f5f7; --card: #fff; --ink: #1a1e24; --soft: #5b6573; --line: #dde1e7;
@@ -27,7 +27,7 @@ small, figcaption, dt { color: var(--soft); }
 .tiles b { display: block; font-size: 1.7rem; line-height: 1.2; font-variant-numeric: tabular-nums; }
 .tiles span, figcaption, dl, small { font-size: .875rem; }
 figure { display: flex; flex-direction: column; } figcaption { margin-top: auto; padding-top: .9rem; }
-svg { display: block; width: 100%; max-width: 29rem; margin: auto; font-family: system-ui, sans-serif; color: var(--ink); }
+svg { display: block; width: 100%; max-width: 29rem; margin: auto; color: var(--ink); }
 svg * { stroke-linejoin: round; stroke-linecap: butt; }
 dl, .texts { columns: 26rem 2; column-gap: 2.5rem; } dl > div, .texts li { break-inside: avoid; } dd { margin: 0; }
 .card { align-self: start; } .card dl { padding: 0; border: 0; }
@@ -39,6 +39,8 @@ table th { max-width: 7rem; overflow-wrap: break-word; color: var(--soft); }
 tr > :first-child { text-align: left; color: var(--soft); }
 .right, .wrong { border-radius: .25rem; background: color-mix(in srgb, var(--hue) calc(var(--strength) * .55), transparent); }
 .right { --hue: var(--c1); } .wrong { --hue: var(--c2); }
+.phi { display: grid; grid-template-columns: repeat(var(--columns), 1fr); gap: 1px; max-width: 4rem; margin-left: auto; }
+.phi i { aspect-ratio: 1; background: color-mix(in srgb, var(--c1) var(--strength), var(--page)); }
 .bars { list-style: none; margin: auto 0; padding: 0; font-size: .875rem; }
 .bars li { display: grid; gap: .75rem; padding: .25rem 0; align-items: center;
   grid-template-columns: minmax(4rem, 26%) 1fr minmax(3rem, auto); }
@@ -51,7 +53,7 @@ tr > :first-child { text-align: left; color: var(--soft); }
 
 
 def document(title: str, subtitle: str, body: str) -> str:
-    """A whole page, which the browser is told to fetch nothing for."""
+    """The whole page. Its Content-Security-Policy forbids the browser to load anything."""
     return f"""<!DOCTYPE html>
 <html lang="en">
 <meta charset="utf-8">
@@ -71,12 +73,11 @@ def section(title: str, *parts: str) -> str:
 
 
 def left_out(what: str, why: object) -> str:
-    return f"<p>{what} left out: {escape(str(why))}.</p>"
+    return f"<p>{what}: left out, because {escape(str(why))}.</p>"
 
 
-def figure(title: str, body: str, how_to_read: str) -> str:
-    """A picture and the two sentences that say what to see."""
-    return f"<figure>\n<h3>{title}</h3>\n{body}\n<figcaption>{how_to_read}</figcaption>\n</figure>"
+def figure(title: str, body: str, caption: str) -> str:
+    return f"<figure>\n<h3>{title}</h3>\n{body}\n<figcaption>{caption}</figcaption>\n</figure>"
 
 
 def tiles(numbers: dict[str, str]) -> str:
@@ -85,11 +86,11 @@ def tiles(numbers: dict[str, str]) -> str:
 
 
 def table(rows: dict[str, Any]) -> str:
-    items = (f"<div><dt>{escape(key)}</dt><dd>{escape(shown(value))}</dd></div>" for key, value in rows.items())
+    items = (f"<div><dt>{escape(key)}</dt><dd>{escape(as_text(value))}</dd></div>" for key, value in rows.items())
     return "<dl>" + "\n".join(items) + "</dl>"
 
 
-def shown(value: Any) -> str:
+def as_text(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value))
     if isinstance(value, float):
@@ -100,7 +101,7 @@ def shown(value: Any) -> str:
 def confusion(matrix: list[list[int]], names: list[str]) -> str:
     rows = []
     for i, (name, row) in enumerate(zip(names, matrix, strict=True)):
-        # the root, and no less than a fifth: where a model is good, errors are few
+        # The square root, and at least 0.2, keep the few mistakes of a good model visible.
         strengths = [0.2 + 0.8 * (count / sum(row)) ** 0.5 if count else 0 for count in row]
         cells = "".join(
             f'<td class="{"right" if i == j else "wrong"}" style="--strength: {strength:.0%}">{count:,}</td>'
@@ -108,29 +109,47 @@ def confusion(matrix: list[list[int]], names: list[str]) -> str:
         )
         rows.append(f"<tr><th scope=row>{escape(name)}</th>{cells}</tr>")
     heads = "".join(f"<th scope=col>{escape(name)}</th>" for name in names)
-    return f'<div class="wide"><table>\n<tr><td>is / taken for</td>{heads}</tr>\n{"".join(rows)}\n</table></div>'
+    return f'<div class="wide"><table>\n<tr><td>true / predicted</td>{heads}</tr>\n{"".join(rows)}\n</table></div>'
 
 
 def bars(before: dict[str, float | None], after: dict[str, float | None]) -> str:
     rows = []
     for name, f1 in after.items():
-        old = before[name]
-        tick = "" if old is None else f'<i style="left: {old:.1%}"></i>'
+        tick = "" if before[name] is None else f'<i style="left: {before[name]:.1%}"></i>'
         bar = "" if f1 is None else f'<b style="width: {f1:.1%}"></b>'
         number = "does not occur" if f1 is None else f"{f1:.3f}"
         rows.append(f'<li><span>{escape(name)}</span><div class="bar">{bar}{tick}</div><span>{number}</span></li>')
     return f'<ul class="bars">{"".join(rows)}</ul>'
 
 
-def texts(wrong: list[dict[str, Any]]) -> str:
+def similarities(phi: dict[str, dict[int, list[list[float]]]]) -> str:
+    """A small matrix phi[kind][layer] for each adapted layer: kinds of module down, layers across."""
+    highest = max(max(map(max, matrix)) for matrices in phi.values() for matrix in matrices.values()) or 1
+    layers = sorted({layer for matrices in phi.values() for layer in matrices})
+    rows = ["<tr><td>layer</td>" + "".join(f"<th scope=col>{layer}</th>" for layer in layers) + "</tr>"]
+    for kind, matrices in phi.items():
+        panels = []
+        for matrix in (matrices.get(layer, [[]]) for layer in layers):
+            cells = "".join(
+                f'<i style="--strength: {value / highest:.0%}" title="i = {i}, j = {j}: {value:.3f}"></i>'
+                for i, row in enumerate(matrix, 1)
+                for j, value in enumerate(row, 1)
+            )
+            panels.append(f'<td><div class="phi" style="--columns: {len(matrix[0])}">{cells}</div></td>')
+        rows.append(f"<tr><th scope=row>{escape(kind)}</th>{''.join(panels)}</tr>")
+    scale = f"<small>The strongest colour is phi = {highest:.2g}.</small>"
+    return f'<div class="wide"><table>\n{"".join(rows)}\n</table>{scale}</div>'
+
+
+def answers(wrong: list[dict[str, Any]]) -> str:
     items = (
-        f'<li><p dir="auto">{escape(cut(answer["text"]))}</p><small>is <b>{escape(answer["truth"])}</b>, labelled '
-        f"<b>{escape(answer['label'])}</b> with a score of {answer['score']:.3f}</small></li>"
+        f'<li><p dir="auto">{escape(shorten(answer["text"]))}</p><small>true label <b>{escape(answer["truth"])}</b>, predicted '
+        f"<b>{escape(answer['label'])}</b> with score {answer['score']:.3f}</small></li>"
         for answer in wrong
     )
     return '<ol class="texts">' + "\n".join(items) + "</ol>"
 
 
-def cut(text: str) -> str:
+def shorten(text: str) -> str:
     text = " ".join(text.split())
-    return text if len(text) <= LONGEST else text[: LONGEST - 1].rstrip() + "\u2026"
+    return text if len(text) <= MAX_CHARACTERS else text[: MAX_CHARACTERS - 1].rstrip() + "\u2026"

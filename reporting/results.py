@@ -1,74 +1,79 @@
-"""results.json of a run that has ended, checked before anything is made of it."""
+"""What a report reads and computes from the folder of a run that has ended."""
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
 from common.files import read_json
+from data import load_dataset, tokenize
+from lora import LoRALinear, PeftModel
+from model import load_pretrained
+from reporting.geometry import Geometry, geometry
 from training.checkpoint import newest_first
-from training.options import LEARNING_RATES
+from training.evaluation import progress_bar
+from training.inference import label, load_classifier
+from training.loading import data_sha256
 
-SCORES = {"macro_f1": float, "accuracy": float, "confusion_matrix": list, "per_class_f1": dict}
-NEEDED = {  # what a report reads, and of which kinds; an int is a float, too
-    **dict.fromkeys(("model", "dataset", "dtype", "device"), str),
-    "commit": str | None,
-    "processes": int,
-    "sha256": {"weights": str, "data": str},
-    "versions": dict,
-    "options": {
-        **dict.fromkeys(("epochs", "max_length", "r", "seed"), int),
-        **{"train_limit": int | None, "test_limit": int | None, "revision": str | None, "method": str},
-    },
-    "parameters": {"trainable": int, "all": int, "percent": float},
-    "before": SCORES,
-    "after": SCORES,
-    "train": {"examples": int, "steps": int, "seconds": float, "examples_per_second": float},
-}
+Layers = dict[str, dict[int, Geometry]]  # {"q_lin": {0: ..., 1: ...}, "v_lin": ...}: kind of module, number of layer
 
 
-def read_run(folder: Path) -> dict[str, Any]:
-    """The results.json of a run that has ended. Raises UserError if the folder holds none, or one that was changed."""
+def read_results(folder: Path) -> dict[str, Any]:
+    """results.json. Raises UserError if there is none: the run has not ended, or the folder is not a run."""
     path = folder / "results.json"
-    if not path.exists():
-        if newest_first(folder):
-            raise UserError(f"the run in {folder} has not ended: go on with python train.py --resume {folder}, then report")
-        raise UserError(f"{folder} is no run that has ended: it holds no results.json; name a folder that train.py wrote")
-    results = read_json(path)
-    if wrong := misfit(results, NEEDED) or contradiction(results):
-        raise UserError(f"{path}: {wrong} is not what train.py writes there; train again")
-    return results
+    if path.exists():
+        return read_json(path)
+    if newest_first(folder):
+        raise UserError(f"the run in {folder} has not ended. Finish it first: python train.py --resume {folder}")
+    raise UserError(f"{folder} is not a finished run: results.json not found. Pass a folder that train.py wrote")
 
 
-def misfit(value: Any, kind: Any, name: str = "the whole") -> str | None:
-    """The name of the first thing in `value` that is missing or not of its kind."""
-    if not isinstance(kind, dict):
-        return None if is_a(value, kind) else name
-    if not isinstance(value, dict):
-        return name
-    return next((wrong for key in kind if (wrong := misfit(value.get(key), kind[key], key))), None)
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl. An empty list if the file is missing or damaged: the report can do without it."""
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [{key: float(line[key]) for key in ("step", "loss", "learning_rate")} for line in lines]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
 
 
-def is_a(value: Any, kind: Any) -> bool:
-    """Whether `value` is of that kind; a number is finite, and not below zero."""
-    if isinstance(value, bool):
-        return False
-    if isinstance(value, int | float) and not 0 <= value < 1e15:
-        return False
-    return isinstance(value, int | float if kind is float else kind)
+def find_mistakes(folder: Path, results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The answers of `label` for the test texts that are labelled wrong, each with its "truth", the highest score first.
+
+    Raises UserError if the model or the data can no longer be loaded, or the data has changed.
+    """
+    options = results["options"]
+    max_length = options["max_length"]
+    dataset = load_dataset(results["dataset"])
+    train, test = dataset.train.first(options["train_limit"]), dataset.test.first(options["test_limit"])
+    runner, tokenizer, names = load_classifier(folder, None, "auto", max_length)
+    train_texts, test_texts = (tokenize(tokenizer, split.texts, max_length) for split in (train, test))
+    if data_sha256(train_texts, train.labels, test_texts, test.labels) != results["sha256"]["data"]:
+        raise UserError(f"the data set {results['dataset']} has changed since the run")
+    mistakes = []
+    with progress_bar(len(test), "label", leave=False) as bar:
+        for answer, truth in zip(label(runner, tokenizer, names, test.texts, max_length), test.labels, strict=True):
+            if answer["label"] != names[truth]:
+                mistakes.append(answer | {"truth": names[truth]})
+            bar.update()
+    return sorted(mistakes, key=lambda answer: -answer["score"])
 
 
-def contradiction(results: dict[str, Any]) -> str | None:
-    """The name of what no run can have, though it is of its kind."""
-    options, classes = results["options"], results["after"]["per_class_f1"].keys()
-    if options["method"] not in LEARNING_RATES:
-        return "method"
-    if not options["epochs"]:
-        return "epochs"
-    for scores in (results["before"], results["after"]):
-        matrix, f1s = scores["confusion_matrix"], scores["per_class_f1"]
-        rows = [row for row in matrix if isinstance(row, list) and len(row) == len(matrix) == len(classes)]
-        if not rows or rows != matrix or not all(is_a(count, int) for row in rows for count in row):
-            return "confusion_matrix"
-        if f1s.keys() != classes or not all(f1 is None or (is_a(f1, float) and f1 <= 1) for f1 in f1s.values()):
-            return "per_class_f1"
-    return None
+def read_geometry(folder: Path, results: dict[str, Any]) -> Layers:
+    """The geometry of each adapted layer. Raises UserError if the adapter or its base model cannot be loaded."""
+    commit = results["commit"] or results["options"]["revision"]
+    base, _ = load_pretrained(results["model"], len(results["after"]["per_class_f1"]), commit)
+    PeftModel.from_pretrained(base, folder / "adapter")
+    layers: Layers = {}
+    for name, module in base.named_modules():
+        if isinstance(module, LoRALinear):
+            kind, number = place(name)
+            layers.setdefault(kind, {})[number] = geometry(module)
+    return layers
+
+
+def place(name: str) -> tuple[str, int]:
+    """`distilbert.transformer.layer.3.attention.q_lin` -> ("q_lin", 3); 0 if the name has no number."""
+    number = re.search(r"\.(\d+)\.", name)
+    return name.rpartition(".")[2], int(number[1]) if number else 0

@@ -1,4 +1,4 @@
-"""LoRA, the head alone, and every weight: what is trained, what is left on disk, and what is said of it."""
+"""LoRA, a trained head and full fine-tuning: what each trains, saves and reports."""
 
 import ast
 import json
@@ -39,21 +39,12 @@ def runs(tmp_path_factory, small_model) -> Path:
     """A short run of each method."""
     folder = tmp_path_factory.mktemp("methods")
     for method in LEARNING_RATES:
-        options = [
-            *SHORT,
-            "--model",
-            str(small_model),
-            "--method",
-            method,
-            "--tensorboard",
-            "--output-dir",
-            str(folder / method),
-        ]
-        assert train.main(options) == 0
+        options = ["--model", str(small_model), "--method", method, "--tensorboard", "--output-dir", str(folder / method)]
+        assert train.main([*SHORT, *options]) == 0
     return folder
 
 
-def forward_of(config: LoraConfig | None) -> tuple[ModelRunner, tuple]:
+def runner_of(config: LoraConfig | None) -> tuple[ModelRunner, tuple]:
     torch.manual_seed(0)
     base, tokenizer = load_pretrained("minilm", 2)
     model = base if config is None else get_peft_model(base, config)
@@ -64,42 +55,43 @@ def forward_of(config: LoraConfig | None) -> tuple[ModelRunner, tuple]:
 QV = LoraConfig(r=2, target_modules=["q_lin", "v_lin"])
 
 
-def test_the_identities_hold_on_the_real_model_and_leave_no_gradient():
-    forward, data = forward_of(QV)
-    assert identities(forward, *data) == [
+def test_the_sanity_checks_pass_and_leave_no_gradient():
+    runner, data = runner_of(QV)
+    assert identities(runner, *data) == [
         "injecting changed the logits by 0.0",
         "gradients reach exactly the 28 tensors that are trained: 12 A, 12 B, 4 of the head",
         "the first gradient is exactly 0 for 12 of 12 A, since B = 0, and for 0 B",
     ]
-    assert all(parameter.grad is None for parameter in forward.model.parameters())
+    assert all(parameter.grad is None for parameter in runner.model.parameters())
 
 
-def test_the_identities_tell_of_a_b_that_does_not_start_at_zero():
-    forward, data = forward_of(LoraConfig(r=2, target_modules=["q_lin", "v_lin"], init_lora_weights=False))
-    changed, _, first = identities(forward, *data)
+def test_the_sanity_checks_notice_a_B_that_is_not_zero():
+    runner, data = runner_of(LoraConfig(r=2, target_modules=["q_lin", "v_lin"], init_lora_weights=False))
+    changed, _, first = identities(runner, *data)
     assert float(changed.rpartition(" ")[2]) > 0
     assert "exactly 0 for 0 of 12 A" in first
 
 
-def test_the_identities_tell_of_a_trained_tensor_that_no_gradient_reaches():
-    forward, data = forward_of(QV)
-    forward.model.distilbert.unused = torch.nn.Linear(2, 2)
-    assert "gradients reach 28 tensors (12 A, 12 B, 4 of the head), and 30 are trained" in identities(forward, *data)
+def test_the_sanity_checks_notice_a_tensor_without_gradient():
+    runner, data = runner_of(QV)
+    runner.model.distilbert.unused = torch.nn.Linear(2, 2)
+    assert "gradients reach 28 tensors (12 A, 12 B, 4 of the head), and 30 are trained" in identities(runner, *data)
 
 
-def test_the_hash_of_the_frozen_weights_changes_with_one_bit_of_one_of_them_and_not_with_what_is_trained():
-    forward, _ = forward_of(QV)
-    layer = next(module for module in forward.model.modules() if isinstance(module, LoRALinear))
-    before = frozen_sha256(forward.model)
+def test_the_hash_of_the_frozen_weights_notices_one_bit():
+    """Training does not change it."""
+    runner, _ = runner_of(QV)
+    layer = next(module for module in runner.model.modules() if isinstance(module, LoRALinear))
+    before = frozen_sha256(runner.model)
     with torch.no_grad():
         layer.lora_B.weight += 1
-        assert frozen_sha256(forward.model) == before
+        assert frozen_sha256(runner.model) == before
         layer.weight[0, 0] = torch.nextafter(layer.weight[0, 0], torch.tensor(9.0))
-    assert frozen_sha256(forward.model) != before
-    assert frozen_sha256(forward_of(None)[0].model) is None
+    assert frozen_sha256(runner.model) != before
+    assert frozen_sha256(runner_of(None)[0].model) is None
 
 
-def test_a_run_prints_its_identities_in_four_lines_and_quiet_leaves_them_out(tmp_path, small_model, capsys):
+def test_quiet_skips_the_sanity_checks_and_changes_nothing_else(tmp_path, small_model, capsys):
     short = [*SHORT, "--model", str(small_model), "--train-limit", "16", "--test-limit", "8"]
     assert train.main([*short, "--output-dir", str(tmp_path / "loud")]) == 0
     loud = capsys.readouterr().out.splitlines()
@@ -115,10 +107,10 @@ def test_a_run_prints_its_identities_in_four_lines_and_quiet_leaves_them_out(tmp
     ]
     assert only[-1].endswith("the same")
     weights = [(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("loud", "quiet")]
-    assert weights[0] == weights[1]  # to look changes nothing
+    assert weights[0] == weights[1]
 
 
-def test_each_method_trains_what_its_name_says_and_saves_that(runs, small_model):
+def test_each_method_trains_and_saves_what_its_name_says(runs, small_model):
     found = {method: read_json(runs / method / "results.json")["parameters"]["trainable"] for method in LEARNING_RATES}
     base = load_pretrained(str(small_model), 4)[0].state_dict()
     head = DIM * DIM + DIM + 4 * DIM + 4
@@ -133,38 +125,39 @@ def test_each_method_trains_what_its_name_says_and_saves_that(runs, small_model)
     assert unchanged == []
 
 
-def test_optimizer_state_is_two_numbers_for_a_trained_parameter_and_a_count_for_a_tensor(runs):
+def test_the_optimizer_holds_two_numbers_for_each_trained_one(runs):
+    """And a count of the steps for each tensor."""
     for method, tensors in [("lora", 12), ("head", 4), ("full", 8 + 16 * LAYERS)]:
         results = read_json(runs / method / "results.json")
         assert results["train"]["optimizer_bytes"] == 2 * 4 * results["parameters"]["trainable"] + 4 * tensors
 
 
 @pytest.mark.parametrize("method", LEARNING_RATES)
-def test_predict_labels_with_whatever_was_trained_as_the_run_measured(runs, method):
-    forward, tokenizer, names = load_classifier(runs / method, None, "cpu", 256)
+def test_every_method_predicts_as_accurately_as_the_run_measured(runs, method):
+    runner, tokenizer, names = load_classifier(runs / method, None, "cpu", 256)
     assert names == ["World", "Sports", "Business", "Sci/Tech"]
     rows = [json.loads(line) for line in (Path(train.__file__).parent / "data/sample/test.jsonl").read_text().splitlines()][:48]
-    answers = list(label(forward, tokenizer, names, [row["text"] for row in rows], 256))
+    answers = list(label(runner, tokenizer, names, [row["text"] for row in rows], 256))
     right = sum(answer["label"] == names[row["label"]] for answer, row in zip(answers, rows, strict=True))
-    # merged, in bfloat16 where there is, so that a text on the border may go to the other side
+    # The adapter is merged, perhaps in bfloat16, which can change the label of a text with a close score.
     assert right / 48 == pytest.approx(read_json(runs / method / "results.json")["after"]["accuracy"], abs=0.05)
 
 
-def test_peft_loads_a_head_that_was_trained_alone(runs, small_model):
+def test_peft_loads_a_trained_head(runs, small_model):
     base = transformers.AutoModelForSequenceClassification.from_pretrained(small_model)
     theirs = peft.PeftModel.from_pretrained(base, runs / "head" / "adapter").eval()
-    forward, tokenizer, _ = load_classifier(runs / "head", None, "cpu", 256)
+    runner, tokenizer, _ = load_classifier(runs / "head", None, "cpu", 256)
     ids = torch.tensor([tokenizer.encode("Oil prices rose on Monday").ids])
-    ours = forward.model.float()(ids)
+    ours = runner.model.float()(ids)
     assert torch.allclose(theirs(ids).logits, ours, atol=0.02)
 
 
-def test_a_whole_model_that_was_trained_loads_in_transformers(runs):
+def test_transformers_loads_a_fully_fine_tuned_model(runs):
     classify = transformers.pipeline("text-classification", str(runs / "full" / "model"))
     assert classify("Oil prices rose on Monday")[0]["label"] in ("World", "Sports", "Business", "Sci/Tech")
 
 
-def test_a_run_of_every_weight_goes_on_bit_for_bit(tmp_path, small_model):
+def test_full_fine_tuning_resumes_bit_for_bit(tmp_path, small_model):
     short = [*SHORT, "--model", str(small_model), "--method", "full", "--train-limit", "48", "--test-limit", "8", "--quiet"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert train.main([*short, "--output-dir", str(whole)]) == 0
@@ -192,35 +185,37 @@ def test_a_run_of_every_weight_goes_on_bit_for_bit(tmp_path, small_model):
         (["--method", "full", "--merged-output", "x"], "--merged-output is for adapters"),
     ],
 )
-def test_what_contradicts_a_method_is_refused(options, message, capsys):
+def test_an_option_that_contradicts_the_method_is_refused(options, message, capsys):
     assert train.main(options) == 2
     assert message in capsys.readouterr().err
 
 
-def test_each_method_has_a_learning_rate_of_its_own_which_what_is_typed_overrules():
+def test_each_method_has_its_own_default_learning_rate():
     assert {method: Options(method=method).learning_rate for method in LEARNING_RATES} == LEARNING_RATES
     assert Options(method="full", learning_rate=0.25).learning_rate == 0.25
     assert set(OF_LORA) <= set(Options.__dataclass_fields__)
 
 
-@pytest.mark.parametrize(("method", "said"), [("full", "Every weight of the model was trained"), ("head", "Only the head was")])
-def test_a_run_without_lora_has_a_report_without_its_geometry(runs, method, said, tmp_path):
+@pytest.mark.parametrize(("method", "said"), [("full", "Every weight was trained"), ("head", "Only the head was trained")])
+def test_the_report_of_a_run_without_lora_says_so(runs, method, said, tmp_path):
     assert report.main([str(runs / method), "--output", str(tmp_path / "page.html")]) == 0
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert said in page
+    assert f"--method {method}</h1>" in page
     assert "Labelled wrong: " in page
     assert page.count("<figure>") == 3
 
 
-# the card
+# The model card
 
 
 def card_of(folder: Path) -> tuple[dict, str]:
+    """The header and the text."""
     _, header, text = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     return yaml.safe_load(header), text
 
 
-def test_the_card_has_the_header_that_the_hub_reads_and_the_numbers_of_the_run(whole_run):
+def test_the_card_has_the_header_for_the_hub_and_the_scores(whole_run):
     run, _ = whole_run
     header, text = card_of(run / "adapter")
     results = read_json(run / "results.json")
@@ -231,24 +226,24 @@ def test_the_card_has_the_header_that_the_hub_reads_and_the_numbers_of_the_run(w
     metrics = {metric["type"]: metric["value"] for metric in index["results"][0]["metrics"]}
     assert metrics["f1"] == round(results["after"]["macro_f1"], 4)
     assert metrics["accuracy"] == round(results["after"]["accuracy"], 4)
-    assert "datasets" not in header  # the sample is no data set of the hub
+    assert "datasets" not in header  # the sample is not on the hub
     for name in ("World", "Sports", "Business", "Sci/Tech"):
         assert name in text
     assert f"{results['before']['macro_f1']:.4f}" in text
     assert str(Path.cwd()) not in text
 
 
-def test_the_card_of_the_experiment_names_model_and_data_as_the_hub_knows_them(whole_run):
+def test_the_card_of_the_experiment_has_the_ids_of_the_hub(whole_run):
     results = read_json(whole_run[0] / "results.json") | {"model": "distilbert-base-uncased", "dataset": "ag_news"}
     _, header, text = model_card(results).split("---\n", 2)
     header = yaml.safe_load(header)
     assert (header["base_model"], header["datasets"]) == ("distilbert-base-uncased", ["SetFit/ag_news"])
     assert header["model-index"][0]["results"][0]["dataset"]["type"] == "SetFit/ag_news"
     assert 'from_pretrained("distilbert-base-uncased", id2label=names)' in text
-    assert "as-distilbert" not in text  # it has DistilBERT's names already
+    assert "as-distilbert" not in text  # its tensors have DistilBERT's names already
 
 
-def test_the_card_of_a_whole_model_is_for_transformers(runs):
+def test_the_card_of_a_full_model_is_for_transformers(runs):
     header, _ = card_of(runs / "full" / "model")
     assert header["library_name"] == "transformers"
     assert not any(tag.startswith("base_model:adapter") or tag == "lora" for tag in header["tags"])
@@ -256,7 +251,7 @@ def test_the_card_of_a_whole_model_is_for_transformers(runs):
 
 
 @pytest.mark.parametrize("method", ["minilm", "lora", "head", "full"])
-def test_the_code_on_a_card_runs_as_it_stands(runs, method, small_model, whole_run, tmp_path, monkeypatch, capsys):
+def test_the_code_on_a_card_runs(runs, method, small_model, whole_run, tmp_path, monkeypatch, capsys):
     run = whole_run[0] if method == "minilm" else runs / method
     folder = run / ("model" if method == "full" else "adapter")
     blocks = re.findall(r"```python\n(.*?)```", card_of(folder)[1], flags=re.DOTALL)
@@ -276,7 +271,7 @@ def test_the_code_on_a_card_runs_as_it_stands(runs, method, small_model, whole_r
         assert answer["score"] == pytest.approx(ours["score"], abs=0.02)
 
 
-def test_the_card_tells_no_path_of_this_machine_and_survives_odd_label_names(tmp_path, small_model):
+def test_the_card_has_no_local_path_and_allows_any_label_name(tmp_path, small_model):
     data = tmp_path / "my news"
     data.mkdir()
     for name in ("train", "test"):
@@ -294,7 +289,7 @@ def test_the_card_tells_no_path_of_this_machine_and_survives_odd_label_names(tmp
 # TensorBoard
 
 
-def test_tensorboard_shows_what_metrics_says(runs):
+def test_tensorboard_shows_the_metrics(runs):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(runs / "lora" / EVENTS))
@@ -306,7 +301,7 @@ def test_tensorboard_shows_what_metrics_says(runs):
         assert shown == [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in lines]
 
 
-def test_without_tensorboard_installed_a_run_says_what_to_install_before_it_begins(tmp_path, small_model, monkeypatch, capsys):
+def test_without_tensorboard_the_error_says_what_to_install(tmp_path, small_model, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     assert train.main([*SHORT, "--model", str(small_model), "--tensorboard", "--output-dir", str(tmp_path / "run")]) == 2
     assert "pip install -e '.[tensorboard]'" in capsys.readouterr().err
@@ -317,11 +312,11 @@ def test_without_tensorboard_installed_a_run_says_what_to_install_before_it_begi
 
 
 @pytest.mark.slow
-def test_compare_runs_every_method_and_says_in_one_table_what_each_took(tmp_path, small_model, capsys):
+def test_compare_runs_every_method_and_prints_one_table(tmp_path, small_model, capsys):
     folder = tmp_path / "three"
     assert compare.main([*SHORT, "--model", str(small_model), "--r", "4", "--output-dir", str(folder)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"model {small_model}, data sample: 96 examples of training"
+    assert lines[0] == f"model {small_model}, data sample: 96 training examples, epochs: 1"
     cells = [re.split(r"\s{2,}", line.strip()) for line in lines[1:]]
     assert [row[0] for row in cells[1:]] == ["lora", "full", "head"]
     for method, trained, _, optimizer, saved, memory, _, f1 in cells[1:]:
@@ -335,12 +330,16 @@ def test_compare_runs_every_method_and_says_in_one_table_what_each_took(tmp_path
         assert f1 == f"{results['after']['macro_f1']:.4f}"
 
 
-def test_compare_refuses_what_has_no_meaning_there_before_it_runs_anything_and_a_run_that_fails_ends_it(tmp_path, capfd):
+def test_compare_refuses_wrong_options_before_it_runs_anything(capfd):
     assert compare.main(["--method", "lora"]) == 2
-    assert "--method is for train.py" in capfd.readouterr().err
+    assert "--method is not for compare.py" in capfd.readouterr().err
     assert compare.main(["--batch-size", "0"]) == 2
     assert "--batch-size is 0" in capfd.readouterr().err
+
+
+def test_compare_stops_at_a_run_that_fails(tmp_path, capfd):
     assert compare.main(["--model", "minilm", "--dataset", "nowhere", "--output-dir", str(tmp_path / "x")]) == 2
-    said = capfd.readouterr().err
-    assert "there is no data set 'nowhere'" in said
-    assert "--method full" not in said
+    printed = capfd.readouterr().err
+    assert "there is no data set 'nowhere'" in printed
+    assert "--method lora failed" in printed
+    assert "--method full" not in printed

@@ -1,4 +1,4 @@
-"""The model card of what a run has trained: README.md with the header that the hub reads."""
+"""The model card of a trained adapter or model: its README.md, with the header that the hub reads."""
 
 import os
 from typing import Any
@@ -21,7 +21,7 @@ print(pipeline("text-classification", "THIS_FOLDER")("a text"))
 ```
 """
 EXPORT = """\
-# a BERT encoder under DistilBERT's names, as the adapter has them: once, with plain-lora
+# Once, with plain-lora: save the BERT encoder under DistilBERT's names, which the adapter uses.
 from model import load_pretrained, save_pretrained
 
 save_pretrained(*load_pretrained("{name}", num_labels={classes}), "base-as-distilbert")
@@ -40,7 +40,7 @@ model = PeftModel.from_pretrained(base, "THIS_FOLDER").merge_and_unload()
 print(pipeline("text-classification", model, tokenizer=AutoTokenizer.from_pretrained("{base}"))("a text"))
 ```
 
-With transformers alone (it calls peft):
+With transformers (it needs peft installed):
 
 ```python
 base = AutoModelForSequenceClassification.from_pretrained("{base}", id2label=names)
@@ -51,41 +51,34 @@ print(pipeline("text-classification", base, tokenizer=AutoTokenizer.from_pretrai
 
 
 def model_card(results: dict[str, Any]) -> str:
-    """Of the run that `results` (as in results.json) tells of. No path of this machine is in it."""
-    options, after = results["options"], results["after"]
-    base, dataset = (on_hub(results[what]) for what in ("model", "dataset"))
-    method, names = options["method"], list(after["per_class_f1"])
-    data = os.path.basename(os.path.abspath(results["dataset"]))
-    title = f"{METHODS[method]} on {os.path.basename(os.path.abspath(results['model']))} for {data}"
+    """The card of the run with these `results` (as in results.json). It contains no path of this machine."""
+    options, before, after = results["options"], results["before"], results["after"]
+    parameters, train = results["parameters"], results["train"]
+    base, dataset = hub_id(results["model"]), hub_id(results["dataset"])
+    model, data = (os.path.basename(os.path.abspath(results[key])) for key in ("model", "dataset"))
+    method, is_adapter = options["method"], options["method"] != "full"
+    title = f"{METHODS[method]} on {model} for {data}"
     measured = [("f1", "macro-F1", after["macro_f1"]), ("accuracy", "accuracy", after["accuracy"])]
     evaluated = [
         EvalResult("text-classification", dataset or data, data, kind, round(value, 4), dataset_split="test", metric_name=name)
         for kind, name, value in measured
     ]
-    adapter, is_distilbert = method != "full", base is not None and "distilbert" in base.lower()
-    tags = ["lora"] * (method == "lora") + [f"base_model:adapter:{base}"] * (adapter and base is not None)
+    tags = ["lora"] * (method == "lora") + [f"base_model:adapter:{base}"] * (is_adapter and base is not None)
     header = ModelCardData(
         base_model=base,
         datasets=dataset and [dataset],
-        library_name="peft" if adapter else "transformers",
+        library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-classification",
         tags=["plain-lora", *tags],
         metrics=["f1", "accuracy"],
         model_name=title,
         eval_results=evaluated,
     )
-    lora = f"r = {options['r']}, alpha = {options['lora_alpha']:g} on {', '.join(options['target_modules'])}; "
-    parameters, train = results["parameters"], results["train"]
     per_class = "\n".join(
         f"| {i} | {' '.join(name.split()).replace('|', '/')} | {'-' if f1 is None else f'{f1:.4f}'} |"
         for i, (name, f1) in enumerate(after["per_class_f1"].items())
     )
-    use = WITH_MODEL
-    if adapter:
-        export = "" if is_distilbert else EXPORT.format(name=results["model"] if base else "BASE_MODEL", classes=len(names))
-        use = WITH_ADAPTER.format(
-            export=export, base=base if is_distilbert else "base-as-distilbert", names=dict(enumerate(names))
-        )
+    adapters = f"r = {options['r']}, alpha = {options['lora_alpha']:g} on {', '.join(options['target_modules'])}; "
     return f"""---
 {header.to_yaml().strip()}
 ---
@@ -94,16 +87,16 @@ def model_card(results: dict[str, Any]) -> str:
 
 | | before training | after |
 |---|---|---|
-| macro-F1 | {results["before"]["macro_f1"]:.4f} | **{after["macro_f1"]:.4f}** |
-| accuracy | {results["before"]["accuracy"]:.4f} | {after["accuracy"]:.4f} |
+| macro-F1 | {before["macro_f1"]:.4f} | **{after["macro_f1"]:.4f}** |
+| accuracy | {before["accuracy"]:.4f} | {after["accuracy"]:.4f} |
 
-On {sum(map(sum, after["confusion_matrix"])):,} texts of the test split; by class:
+Measured on {sum(map(sum, after["confusion_matrix"])):,} test texts. By class:
 
 | label | name | F1 |
 |---|---|---|
 {per_class}
 
-Trained with plain-lora: {lora if method == "lora" else ""}\
+Trained with plain-lora: {adapters if method == "lora" else ""}\
 {parameters["trainable"]:,} of {parameters["all"]:,} parameters, {train["examples"]:,} examples in {train["steps"]:,} steps of \
 AdamW, batch size {options["batch_size"]}, learning rate {options["learning_rate"]:g}, seed {options["seed"]}, \
 {results["dtype"]}.
@@ -114,9 +107,18 @@ With plain-lora:
 
     python predict.py THIS_FOLDER "a text"
 
-{use}"""
+{use_adapter(results, base) if is_adapter else WITH_MODEL}"""
 
 
-def on_hub(name: str) -> str | None:
-    """The hub's id of a model or a data set that a run named; None for what is in a folder."""
+def use_adapter(results: dict[str, Any], base: str | None) -> str:
+    """Code that loads the adapter. Any other base than DistilBERT must be saved under DistilBERT's names first."""
+    names = dict(enumerate(results["after"]["per_class_f1"]))
+    if base is not None and "distilbert" in base.lower():
+        return WITH_ADAPTER.format(export="", base=base, names=names)
+    export = EXPORT.format(name=results["model"] if base else "BASE_MODEL", classes=len(names))
+    return WITH_ADAPTER.format(export=export, base="base-as-distilbert", names=names)
+
+
+def hub_id(name: str) -> str | None:
+    """The hub's id of a model or data set. None for a local one."""
     return HUB_IDS.get(name, None if os.path.exists(name) or name == "sample" else name)

@@ -1,0 +1,190 @@
+"""The sections of a report, from top to bottom, and the page that they make."""
+
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from reporting import page, pictures
+from reporting.geometry import subspace_similarity
+from reporting.results import Layers, find_mistakes, read_geometry, read_metrics, read_results
+
+MISTAKES = 20  # the most that are shown
+DIRECTIONS = 8  # the most that are compared in each layer
+NOT_LISTED = {"model", "dataset", "revision", "resume", "checkpoint_every", "output_dir", "merged_output", "dtype", "device"}
+
+
+def report_page(folder: Path, against: Path | None) -> str:
+    """The whole page. Raises UserError if the run has not ended or is damaged, or cannot be compared with `against`."""
+    results = read_results(folder)
+    try:
+        learned = compare_with(folder, results, against) if against else what_lora_learned(folder, results)
+        options, before, after = results["options"], results["before"], results["after"]
+        method = f"LoRA, r = {options['r']}" if options["method"] == "lora" else f"--method {options['method']}"
+        title = f"{results['model']} on {results['dataset']}, {method}"
+        numbers = {
+            "macro-F1 before training": f"{before['macro_f1']:.3f}",
+            "macro-F1 after training": f"{after['macro_f1']:.3f}",
+            "accuracy after training": f"{after['accuracy']:.3f}",
+            "trained parameters": f"{results['parameters']['trainable']:,}",
+        }
+        sections = [what_was_run(results), outcome(folder, results), mistakes(folder, results), learned]
+    except UserError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        damaged = f"{folder} or {against}" if against else folder
+        raise UserError(f"results.json of {damaged} is damaged ({error!r}): train again") from error
+    return page.document(title, f"The run in {folder.resolve().name}", page.tiles(numbers) + "\n".join(sections))
+
+
+def what_was_run(results: dict[str, Any]) -> str:
+    options, train = results["options"], results["train"]
+    commit = f" at {results['commit'][:12]}" if results["commit"] else ""
+    tested = sum(map(sum, results["after"]["confusion_matrix"]))
+    rows = {
+        "model": results["model"] + commit,
+        "data set": results["dataset"],
+        "examples": f"{train['examples'] // options['epochs']:,} to train on, {tested:,} to test on",
+        "trained": "{trainable:,} of {all:,} parameters ({percent:g} %)".format(**results["parameters"]),
+    }
+    if results["embedded"]:
+        rows["hub"] = "could not be reached, so the embedded model or data set was used"
+    rows |= {key.replace("_", " "): value for key, value in listed(options).items() if value not in (None, False)}
+    rows["arithmetic"] = f"{results['dtype']} on {results['device']}, processes: {results['processes']}"
+    rows["training took"] = f"{train['seconds']:,.0f} s, {train['examples_per_second']:,.1f} examples/s"
+    rows["versions"] = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+    return page.section("What was run", page.table(rows))
+
+
+def listed(options: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key not in NOT_LISTED}
+
+
+def outcome(folder: Path, results: dict[str, Any]) -> str:
+    before, after, metrics = results["before"], results["after"], read_metrics(folder / "metrics.jsonl")
+    loss = page.left_out("The curves of loss and learning rate", "metrics.jsonl is missing or damaged")
+    if metrics:
+        loss = page.figure(
+            "Loss and learning rate",
+            pictures.curves(metrics, results["train"]["steps"] / results["options"]["epochs"]),
+            "Each point is the mean loss since the previous point: follow the trend and ignore small ups and downs. Train for "
+            "more epochs if the loss still falls at the end, and lower the learning rate if the loss rises where that is high.",
+        )
+    matrix = page.figure(
+        "Confusion matrix of the test texts",
+        page.confusion(after["confusion_matrix"], list(after["per_class_f1"])),
+        "Each row counts the texts of one class by the label they got, so the diagonal counts the correct labels. The "
+        "strongest colour off the diagonal shows which class is most often mistaken for another.",
+    )
+    per_class = page.figure(
+        "F1 of each class",
+        page.bars(before["per_class_f1"], after["per_class_f1"]),
+        "A bar is the F1 of a class after training, from 0 to 1, and the tick is its F1 before, with a random head. The class "
+        "with the shortest bar has the most to gain; its row and column in the matrix show where it loses.",
+    )
+    return page.section("Results", f'<div class="grid">{loss}<div class="stack">{matrix}{per_class}</div></div>')
+
+
+def mistakes(folder: Path, results: dict[str, Any]) -> str:
+    title = "The most confident mistakes"
+    try:
+        wrong = find_mistakes(folder, results)
+    except UserError as error:
+        return page.section(title, page.left_out("The texts that are labelled wrong", error))
+    matrix = results["after"]["confusion_matrix"]
+    wrong_in_run = sum(map(sum, matrix)) - sum(row[i] for i, row in enumerate(matrix))
+    note = "" if wrong_in_run == len(wrong) else f" ({wrong_in_run:,} in the run, which rounded differently)"
+    if not wrong:
+        return page.section(title, f"<p>None: every test text is labelled correctly{note}.</p>")
+    shown = f"the {MISTAKES} with the highest score" if len(wrong) > MISTAKES else "all of them, the highest score first"
+    introduction = f"<p>Labelled wrong: {len(wrong):,} test texts{note}. Shown: {shown}.</p>"
+    return page.section(title, introduction, page.answers(wrong[:MISTAKES]))
+
+
+def what_lora_learned(folder: Path, results: dict[str, Any]) -> str:
+    title, method = "What LoRA learned", results["options"]["method"]
+    if method != "lora":
+        trained = {"full": "Every weight", "head": "Only the head"}[method]
+        return page.section(title, f"<p>{trained} was trained, without LoRA, so there are no A and B to look at.</p>")
+    try:
+        return geometry_section(title, read_geometry(folder, results))
+    except UserError as error:
+        return page.section(title, page.left_out("The geometry of the adapter", error))
+
+
+def geometry_section(title: str, layers: Layers) -> str:
+    r = max(len(layer.singular_values) for numbered in layers.values() for layer in numbered.values())
+    figures = [
+        page.figure(
+            "How far the weights moved",
+            pictures.by_layer("How far the weights moved", "|dW| / |W0|", layers, "relative_size"),
+            "Each point is the size of the update relative to the pretrained matrix (Frobenius norms). Training changed the "
+            "highest ones most; the general level also depends on alpha, the learning rate and the number of steps.",
+        ),
+        page.figure(
+            "Singular values of BA",
+            pictures.spectra("Singular values of BA", layers),
+            "Each line shows the singular values of (alpha / r) BA in one layer, and the deeper the layer, the stronger its "
+            "colour. A line that drops to zero uses fewer than r directions, and a flat line uses all of them equally.",
+        ),
+        page.figure(
+            "Effective rank of BA",
+            pictures.by_layer("Effective rank of BA", "effective rank", layers, "effective_rank", top=r),
+            "The effective rank is 1 if one direction does all the work, and r if all r directions do the same amount. Points "
+            "far below r mean that a smaller r would have kept most of the change; near r, every direction is in use.",
+        ),
+        page.figure(
+            "Amplification",
+            pictures.by_layer("Amplification", "|dW| / |U^T W0 V|", layers, "amplification", top=1.2),
+            "The factor is the size of dW divided by that of W0 in the same r directions, V of the input and U of the output. "
+            "Above 1, the update is larger there than the pretrained weight, as the paper found; below 1, it is smaller.",
+        ),
+    ]
+    return page.section(
+        title,
+        "<p>Section 7 of the LoRA paper (Hu et al. 2021, arXiv:2106.09685) asks these questions. W0 is a pretrained matrix, "
+        "and dW = (alpha / r) BA the update of it; with DoRA, dW also contains the new lengths of the rows. The effective rank "
+        "is exp of the entropy of the singular values, scaled to sum to 1 (Roy &amp; Vetterli 2007).</p>",
+        f'<div class="grid">{"".join(figures)}</div>',
+    )
+
+
+def compare_with(folder: Path, results: dict[str, Any], against: Path) -> str:
+    """What LoRA learned in two runs. Raises UserError if they cannot be compared."""
+    other = read_results(against)
+    for path, run in [(folder, results), (against, other)]:
+        if run["options"]["method"] != "lora":
+            raise UserError(f"--against compares two LoRA runs, and {path} was trained without LoRA: leave out --against")
+    if results["sha256"]["weights"] != other["sha256"]["weights"]:
+        models = f"{results['model']} and {other['model']}"
+        raise UserError(f"--against {against} started from other weights ({models}): pass a run on the same model")
+    layers, other_layers = read_geometry(folder, results), read_geometry(against, other)
+    if {kind: set(layers[kind]) for kind in layers} != {kind: set(other_layers[kind]) for kind in other_layers}:
+        raise UserError(f"--against {against} adapted other layers: pass a run with the same --target-modules")
+
+    here, there = listed(results["options"]), listed(other["options"])
+    here["macro-F1"], there["macro-F1"] = (round(each["after"]["macro_f1"], 4) for each in (results, other))
+    rows = {
+        key.replace("_", " "): f"{page.as_text(here[key])} here, {page.as_text(there.get(key))} there"
+        for key in here
+        if key == "macro-F1" or here[key] != there.get(key)
+    }
+    phi: dict[str, dict[int, list[list[float]]]] = {kind: {} for kind in layers}
+    for kind, numbered in layers.items():
+        for number, layer in numbered.items():
+            similarity = subspace_similarity(layer.A, other_layers[kind][number].A)
+            phi[kind][number] = similarity[:DIRECTIONS, :DIRECTIONS].tolist()
+    directions = page.figure(
+        "Directions that both runs learned",
+        page.similarities(phi),
+        "Each cell is phi of the first i directions of A here (down) and the first j there (across): 1 if one span contains "
+        "the other, about max(i, j) / d_in if both are random. If only the upper left cell is strong, the runs agree on the "
+        "leading direction alone.",
+    )
+    same_seed = " Both runs have the same seed, so some of these A started equal." if here["seed"] == there["seed"] else ""
+    return geometry_section("What LoRA learned", layers) + page.section(
+        f"Compared with {escape(against.resolve().name)}",
+        "<p>phi(A, A', i, j) = |U_i^T U'_j|^2 / min(i, j), equation 4 of section 7.2, where U_i holds the first i right "
+        f"singular vectors of A. At most {DIRECTIONS} directions of each run are compared.{same_seed}</p>",
+        f'<div class="grid">{directions}<div class="card"><h3>Where the runs differ</h3>{page.table(rows)}</div></div>',
+    )
