@@ -1,13 +1,12 @@
-"""Side by side with transformers + peft: training, inference, memory, start-up, and the share of the machine's GEMM rate.
+"""Compare with transformers + peft: training, inference, memory, start-up, and the fraction of the machine's GEMM rate.
 
 python bench/compare_peft.py                      on the embedded sample
 python bench/compare_peft.py --dataset my/folder  on your own texts
-python bench/compare_peft.py --tiny               a small model and two batches: only to see that everything here still runs
+python bench/compare_peft.py --tiny               a small model and two batches, to check that this script still runs
 
-All sides start from one random full-size DistilBERT, train with the dropouts of the checkpoint, r = 2 on q_lin and v_lin and
-the head, AdamW, the same seed, and cut texts at the same length. Each is a process of its own, so that none works in the heap
-and the caches that another left behind; they take turns, batch by batch, so that a machine that slows down slows all of them.
-No network is needed.
+All sides start from the same random full-size DistilBERT and train with its dropout, r = 2 on q_lin and v_lin and the head,
+AdamW, the same seed and the same maximum length. Each side runs in its own process, so that it does not inherit the heap and
+the caches of another. The sides take turns batch by batch: a machine that slows down slows all of them. No network is needed.
 """
 
 import argparse
@@ -39,11 +38,11 @@ LORA: dict[str, Any] = {
 
 
 class Side:
-    """One way to train, a batch at a time by `step`, and then to `label`, on the base model in `folder`."""
+    """One way to train and label with the base model in `folder`: `step` trains on one batch, `label` labels texts."""
 
-    parts = False  # whether a batch goes through the model in parts of at most TOKENS tokens, padding included
+    parts = False  # True: a batch goes through the model in parts of at most TOKENS tokens, padding included
     lengths: Any  # of the training texts, in tokens
-    labelling: Callable[[list[str]], Any] | None = None  # made by `labeller` when first wanted
+    labelling: Callable[[list[str]], Any] | None = None  # made by `labeller` at its first use
 
     def __init__(self, folder: Path, dataset: str, max_length: int):
         import torch
@@ -70,7 +69,7 @@ class Side:
         raise NotImplementedError
 
     def labeller(self) -> Callable[[list[str]], Any]:
-        """Texts -> scores, tokenising included, the adapter merged."""
+        """A function from texts to scores. It tokenises; its adapter is merged."""
         raise NotImplementedError
 
     def step(self, batch: Any) -> None:
@@ -85,7 +84,7 @@ class Side:
         self.optimizer.zero_grad()
 
     def label(self, texts: list[str]) -> None:
-        """Merges first, when it is called for the first time."""
+        """The first call merges the adapter."""
         self.labelling = self.labelling or self.labeller()
         self.labelling(texts)
 
@@ -103,7 +102,7 @@ class Side:
 
 
 class PlainLora(Side):
-    """As train.py does: frozen weights in bfloat16, batches of similar length, at most 1,024 tokens at a time."""
+    """Like train.py: frozen weights in bfloat16, batches of similar length, at most 1,024 tokens at a time."""
 
     parts = True
 
@@ -145,8 +144,8 @@ class PlainLora(Side):
 
 
 class Bfloat16(Side):
-    """transformers + peft, frozen weights in bfloat16 under autocast, fused AdamW, whole batches of similar length, as Trainer
-    makes them with group_by_length, and the default attention, 'sdpa'; inference merged, in bfloat16, sorted."""
+    """transformers + peft, frozen weights in bfloat16 under autocast, fused AdamW, whole batches of similar length (like
+    Trainer with group_by_length), and the default attention, 'sdpa'; inference merged, in bfloat16, sorted by length."""
 
     attention = "sdpa"
     fused = True
@@ -202,8 +201,8 @@ class Bfloat16(Side):
 
 
 class Tuned(Bfloat16):
-    """The same with what this project found: its parts of a batch, its bound on oneDNN's caches, and attention 'eager', which
-    with dropout is faster on a CPU."""
+    """Like bfloat16, and with this project's findings: parts of a batch, smaller caches of oneDNN, and the attention 'eager',
+    which is faster on a CPU with dropout."""
 
     attention = "eager"
     parts = True
@@ -238,18 +237,18 @@ SIDES: dict[str, type[Side]] = {
 
 def split(lengths: Any, batch: Any) -> list[Any]:
     from data import micro_batches
-    from training.evaluation import TOKENS  # which imports fast.py, and with it the bound on oneDNN's caches
+    from training.evaluation import TOKENS  # imports fast_cpu.py, which makes oneDNN's caches smaller
 
     return micro_batches(lengths, batch, TOKENS)
 
 
 class Process:
-    """A side in a process of its own, ready for its first step. What is raised there is raised here."""
+    """A side in its own process, ready for its first step. An exception there is raised here again."""
 
-    side: Side  # there
+    side: Side  # set in the other process
 
     def __init__(self, name: str, *about: Any):
-        """`about` is what the side's class is made of."""
+        """`about` holds the arguments of the side's class."""
         context = multiprocessing.get_context("spawn")
         self.pool = ProcessPoolExecutor(1, context, self.begin, (name, *about))
         self.lengths, self.config, self.dtype = self.ask("about")
@@ -267,7 +266,7 @@ class Process:
 
 
 class GemmRate:
-    """The linear layers' products of one step, alone: what no implementation on this machine can go below."""
+    """The rate of the linear layers' products alone. No implementation on this machine can be faster."""
 
     def __init__(self, config: Any, dtype: Any):
         import torch
@@ -290,7 +289,7 @@ class GemmRate:
                 self.flops += 2 * tokens * weight.numel()
 
     def needed(self, tokens: int) -> float:
-        """FLOPs of a step's frozen linear layers: of the last layer keys and values only, and no gradient of the input."""
+        """FLOPs of a step's frozen linear layers. The last needs only keys and values, the first no gradient of its input."""
         block = 4 * self.d**2 + 2 * self.d * self.h
         forward = (self.layers - 1) * block + 2 * self.d**2
         return 2.0 * tokens * (2 * forward - 3 * self.d**2)
@@ -308,9 +307,9 @@ def make_checkpoint(folder: Path, tiny: bool) -> None:
 
 
 def spread(batches: list[Any], lengths: Any, count: int) -> list[Any]:
-    """The longest of the batches, to warm up, and then `count` - 1 spread evenly through the lengths, or all of them.
+    """The longest batch, to warm up, and then `count` - 1 batches spread evenly over the lengths, or all of them.
 
-    The few longest cost the most, above all where attention or memory grows with them: only a whole epoch weighs them right.
+    The few longest batches cost the most, above all in attention and memory. Only a whole epoch weighs them correctly.
     """
     count = 1 + min(count - 1, len(batches))
     order = sorted(batches, key=lambda batch: lengths[batch].max())
@@ -323,7 +322,7 @@ def compare(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
     from data import load_dataset, training_batches
 
-    texts = load_dataset(options.dataset).test.texts[: options.texts]  # first, so that a mistyped name is told at once
+    texts = load_dataset(options.dataset).test.texts[: options.texts]  # first, so that a mistyped name is reported at once
     sides: dict[str, Process] = {}
     starting: dict[str, list[float]] = {name: [] for name in SIDES}
     for _ in range(options.rounds):
@@ -347,7 +346,7 @@ def compare(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
             batch = (shuffled if name == TUTORIAL else alike)[number]
             start = time.perf_counter()
             side.ask("step", batch)
-            if number:  # the first is there to warm up
+            if number:  # the first batch warms up
                 seconds[name].append(time.perf_counter() - start)
                 examples[name] += len(batch)
         if number:
@@ -394,10 +393,10 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument(
-        "--batches", type=int, default=20, help="of an epoch that each side trains on; a large number for the whole"
+        "--batches", type=int, default=20, help="batches that each side trains on; a large number for the whole epoch [20]"
     )
-    parser.add_argument("--texts", type=int, default=512, help="that each side labels")
-    parser.add_argument("--rounds", type=int, default=3, help="of labelling, and starts of each side")
+    parser.add_argument("--texts", type=int, default=512, help="texts that each side labels [512]")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each side labels and starts [3]")
     parser.add_argument("--output", type=Path, default=Path("compare_peft.json"))
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()

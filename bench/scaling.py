@@ -1,11 +1,11 @@
-"""How the cost of training grows: with the number of examples, their length, the rank, and the number of processes.
+"""How the cost of training grows with the number of examples, their length, the rank, and the number of processes.
 
 python bench/scaling.py                       writes scaling.svg and scaling.json
-python bench/scaling.py --dataset my/folder   from your own texts
+python bench/scaling.py --dataset my/folder   the same with your own texts
 
-Every point is a run of `python train.py` in a process of its own (on `torchrun` where there are several). The number of
-examples grows under a small model (dimension 64, two layers), so that what is not arithmetic would be seen; length, rank and
-processes under a full-size DistilBERT with random weights. No network is needed.
+Every point is a run of `python train.py` in its own process (under `torchrun` for several processes). The number of examples is
+varied with a small model (dimension 64, two layers), which would show any cost that is not arithmetic. Length, rank and
+processes are varied with a full-size DistilBERT with random weights. No network is needed.
 """
 
 import argparse
@@ -35,7 +35,7 @@ PROCESSES = [1, 2]
 
 
 def write_dataset(folder: Path, texts: list[str], count: int, repeat: int = 1) -> Path:
-    """`count` rows out of `texts`, over and over, each with a word of its own in it; every text `repeat` times as long."""
+    """`count` rows made from `texts`, used again and again. Each row has a unique word, then its text `repeat` times."""
     folder.mkdir()
     for part, rows in [("train", count), ("test", 32)]:
         with open(folder / f"{part}.jsonl", "w") as file:
@@ -46,7 +46,7 @@ def write_dataset(folder: Path, texts: list[str], count: int, repeat: int = 1) -
 
 
 def train(model: Path, dataset: Path, processes: int = 1, **options: object) -> dict[str, Any]:
-    """One epoch of train.py: milliseconds for an example and the peak memory in MB (of the first process)."""
+    """One epoch of train.py: milliseconds per example and peak memory in MB (of the first process)."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
     with tempfile.TemporaryDirectory() as temporary:
         arguments = {"model": model, "dataset": dataset, "output_dir": f"{temporary}/run", "epochs": 1} | options
@@ -57,7 +57,7 @@ def train(model: Path, dataset: Path, processes: int = 1, **options: object) -> 
 
 
 def start_up(dataset: Path) -> dict[str, float]:
-    """Reading and tokenising alone, in a process of its own: seconds, and what the peak memory grows by, in MB."""
+    """Reading and tokenising alone, in its own process: seconds, and the growth of peak memory in MB."""
     command = [sys.executable, __file__, "--start-up", str(dataset)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
@@ -83,7 +83,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     figure, axes = pyplot.subplots(2, 4, figsize=(13, 5), sharex="col", layout="constrained")
     for column, (what, points) in enumerate(results["runs"].items()):
         x = [int(value) for value in points]
-        for row, (key, label) in enumerate([("ms", "ms an example"), ("mb", "peak memory, MB")]):
+        for row, (key, label) in enumerate([("ms", "ms per example"), ("mb", "peak memory, MB")]):
             axis = axes[row, column]
             axis.plot(x, [point[key] for point in points.values()], "o-", color="#1f6f8b")
             axis.set_ylim(0, 1.1 * max(point[key] for point in points.values()))
@@ -102,7 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default="sample", help="texts to make the data sets from [sample]")
     parser.add_argument("--output", type=Path, default=Path("scaling.json"))
-    parser.add_argument("--tiny", action="store_true", help="two points of each and a small model: only to see that it runs")
+    parser.add_argument("--tiny", action="store_true", help="two points of each and a small model, to check that it runs")
     parser.add_argument("--start-up", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.start_up:

@@ -1,27 +1,42 @@
-"""README.md is true: its commands run, its code runs, its line counts and its printed output are what they are."""
+"""README.md and the documents beside it are true: commands run, code runs, line counts and quoted output are right.
 
+python -m tests.test_readme    from the root: writes the line counts and the quoted forward into README.md anew
+"""
+
+import inspect
 import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 
-from lora import LoraConfig, get_peft_model
+import predict
+from lora import LoraConfig, LoRALinear, get_peft_model
 from model import load_pretrained
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-FOLDERS = ("lora", "model", "data", "training", "reporting", "common")
-RUN = "runs/2026-11-24-152310"  # as the README calls one
-FOUND = re.findall(r"^    ((?:python|pip|torchrun|git|hf) .*)$|`((?:python|pip) [^`]+)`", README, flags=re.MULTILINE)
-COMMANDS = list(dict.fromkeys(re.sub("^pip install .* && ", "", "".join(found)) for found in FOUND))
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+README = ROOT / "README.md"
+MANUAL = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "bench" / "README.md"]
+DOCUMENTS = [*MANUAL, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
+TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in DOCUMENTS}
+RUN = "runs/2026-11-24-152310"  # the name of a run in the documents
+FENCE = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
+
+
+def commands(text: str) -> list[str]:
+    """The indented and the inline ones, without comments and without an installation that stands before them."""
+    matches = re.findall(r"^    ((?:python|pip|torchrun|git|hf|pytest)\b.*)$|`((?:python|pip) [^`]+)`", text, re.MULTILINE)
+    return [re.sub(r"^pip install .* && |\s+#.*$", "", "".join(match)) for match in matches]
+
+
+COMMANDS = list(dict.fromkeys(command for text in TEXTS.values() for command in commands(text)))
 SHORT = "--model minilm --train-limit 32 --test-limit 16 --epochs 1 --output-dir"
-# a part of the command -> what is added to it here, so that it is over soon
+# beginning of a command -> what is added to it here, so that it takes seconds
 ADDED = {
     "python train.py --dataset": f" {SHORT} {{new}}",
     "python train.py --help": "",
@@ -33,15 +48,47 @@ ADDED = {
     "python bench/": " --tiny --output {new}",
     "torchrun": f" {SHORT} {{new}} --dataset sample",
 }
-# run elsewhere: the installation below, slowly; `python train.py` by conftest.py; break_it.py, which wants git's list of files,
-# by test_break_it.py; this very suite; an upload wants an account
-ELSEWHERE = re.compile("pip install .*|git clone .*|python train.py|python tests/robustness/break_it.py|pytest|hf upload .*")
+# Not run by test_every_command_runs. Installation: by the slow test below. `python train.py`: by conftest.py. break_it.py and
+# fuzz.py: by their own tests. soak.py and break_it.py --train take ten minutes and more. pip-audit needs a network, an upload
+# an account. `python -m tests.test_readme` writes into the README.
+ELSEWHERE = re.compile(
+    r"(pip install|git clone|hf upload|pytest|pip-audit|python tests/robustness/(break_it|fuzz|soak)\.py)\b.*"
+    r"|python train\.py|python -m tests\.test_readme"
+)
 SLOW = ("python bench/", "torchrun", "python compare.py", "python train.py --model")
+# lines that count: "  99  lora/layer.py   the idea", and the same for rooms (lora/) or several names
+COUNTED = re.compile(r"^( *[\d,]+)  ((?:(?:[\w/]+\.py|\w+/) )+)", re.MULTILINE)
+GENERATED = ("results.json", "label_names.json", "adapter_config.json", "tokenizer.json", "config.json")  # by a run
+
+
+def count_lines(name: str) -> int:
+    files = (ROOT / name).glob("*.py") if name.endswith("/") else [ROOT / name]
+    return sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
+
+
+def with_true_counts(text: str) -> str:
+    """`text` with the right number of lines before each file or room that it lists."""
+
+    def counted(match: re.Match) -> str:
+        lines = f"{sum(map(count_lines, match[2].split())):,}"
+        return f"{lines:>{len(match[1])}}  {match[2]}"
+
+    return COUNTED.sub(counted, text)
+
+
+def with_true_forward(text: str) -> str:
+    """`text` with the forward of lora/layer.py as its first block of Python."""
+    forward = textwrap.dedent(inspect.getsource(LoRALinear.forward))
+    return re.sub(r"```python\n.*?```", lambda _: f"```python\n{forward}```", text, count=1, flags=re.DOTALL)
+
+
+def python_blocks(text: str) -> list[str]:
+    return [code for language, code in FENCE.findall(text) if language == "python"]
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, whole_run) -> Path:
-    """Where the README's reader stands: a clone with a run, a folder of their own text, and a file to label."""
+    """Where a reader stands: a clone with a run, a folder of their own text, and a file to label."""
     folder = tmp_path_factory.mktemp("reader")
     for path in ROOT.iterdir():
         if path.name not in (".git", "runs"):
@@ -68,14 +115,14 @@ def test_every_command_runs(command, place, tmp_path):
         assert subprocess.run([sys.executable, "-c", STOP, *options], cwd=ROOT, capture_output=True).returncode == 143
         command = command.replace(RUN, str(stopped))
     command = command.replace("--nproc-per-node 4", "--nproc-per-node 2").replace("FOLDER", "my/folder")
-    commands = [command]
+    started_as = [command]
     if "--nnodes 2" in command:
         command = command.replace("HOST", "127.0.0.1").replace("--nproc-per-node 2", "--nproc-per-node 1")
-        commands = [command, command.replace("--node-rank 0", "--node-rank 1")]
+        started_as = [command, command.replace("--node-rank 0", "--node-rank 1")]
     python = Path(sys.executable)
     environment = {**os.environ, "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}"}
     started = [
-        subprocess.Popen(["bash", "-c", c], cwd=place, env=environment, text=True, stdout=-1, stderr=-1) for c in commands
+        subprocess.Popen(["bash", "-c", c], cwd=place, env=environment, text=True, stdout=-1, stderr=-1) for c in started_as
     ]
     printed = ""
     for process in started:
@@ -83,6 +130,11 @@ def test_every_command_runs(command, place, tmp_path):
         assert process.returncode == 0, err
         printed += out
     assert printed or ">" in command
+    if "compare.py" in command and "--dataset sample" in command:  # the quoted run is longer: its words are compared
+        shown, words = (re.sub(r"[\d,]+", "N", text) for text in (TEXTS["docs/experiments.md"], printed))
+        first, header = words.splitlines()[:2]
+        assert first in shown
+        assert header.split() in [line.split() for line in shown.splitlines()]
 
 
 STOP = """
@@ -99,62 +151,98 @@ sys.exit(train.main(sys.argv[1:]))
 
 
 def test_commands_are_found():
-    assert len(COMMANDS) > 10
-    assert any(command.startswith("python report.py") for command in COMMANDS)
+    for start in ("pip install", "python train.py", "python predict.py"):
+        assert any(command.startswith(start) for command in commands(TEXTS["README.md"]))
+    for document, command in {
+        "docs/running.md": "torchrun",
+        "docs/experiments.md": "python report.py",
+        "bench/README.md": "python bench/compare_peft.py",
+        "CONTRIBUTING.md": "pytest",
+        "SECURITY.md": "python tests/robustness/fuzz.py",
+    }.items():
+        assert any(found.startswith(command) for found in commands(TEXTS[document])), document
+    assert len(COMMANDS) > 15
 
 
 def masked(text: str) -> list[str]:
-    """Lines without what differs from machine to machine: numbers behind a point, hashes, the name of the run."""
+    """Lines without what differs between machines: numbers behind a point, hashes, the name of the run."""
     text = re.sub(r"saved \S+/results", "saved RUN/results", text)
     return [re.sub(r"0\.\d{4}|sha256 [0-9a-f]+", "...", line.strip()) for line in text.splitlines() if line.strip()]
 
 
-def test_the_printed_output_is_what_a_run_prints(whole_run):
-    printed = masked(whole_run[1])
-    start = README.index("    distilbert-base-uncased is not on this machine")
-    shown = masked(re.match(r"(?:    .*\n)+", README[start:])[0])  # type: ignore[index]
-    assert shown == [line for line in printed if "the merged model" not in line]
+def quoted(document: str, beginning: str) -> list[str]:
+    """The indented lines of a document from the one that begins so, masked."""
+    text = TEXTS[document]
+    block = re.match(r"(?:    .*\n)+", text[text.index(f"\n    {beginning}") + 1 :])
+    return masked(block[0])  # type: ignore[index]
 
 
-def test_the_table_of_files_names_every_one_with_its_number_of_lines():
-    listed = {name: int(lines) for lines, name in re.findall(r"^ *(\d+)  (\S+\.py) ", README, flags=re.MULTILINE)}
-    sources = [*ROOT.glob("*.py"), *(path for part in FOLDERS for path in (ROOT / part).glob("*.py"))]
-    counted = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in sources}
-    counted = {name: lines for name, lines in counted.items() if not name.endswith("__init__.py")}
-    assert {name: lines for name, lines in listed.items() if not name.startswith("tests/")} == counted
-    for name in listed.keys() - counted.keys():
-        assert listed[name] == len((ROOT / name).read_text(encoding="utf-8").splitlines())
+def test_the_quoted_output_of_training_is_what_it_prints(whole_run):
+    printed = [line for line in masked(whole_run[1]) if "the merged model" not in line]
+    assert quoted("README.md", "distilbert-base-uncased") == printed
 
 
-def test_the_code_of_the_idea_is_the_code_of_the_layer():
-    code = "".join(f"    {line}" if line.strip() else line for line in BLOCKS[0].splitlines(keepends=True))
-    assert code in (ROOT / "lora" / "layer.py").read_text(encoding="utf-8")
+def test_the_quoted_output_of_predict_is_what_it_prints(whole_run, capsys):
+    assert predict.main([str(whole_run[0]), "Oil prices rose on Monday"]) == 0
+    printed = masked(capsys.readouterr().out)
+    shown = quoted("docs/running.md", "Oil prices")
+    assert shown[:2] == printed[:2]  # the text and its best label; the order of the others depends on the processor
+    assert sorted(shown) == sorted(printed)
+
+
+def test_the_line_counts_are_true():
+    """Of the files and rooms that README.md lists. `python -m tests.test_readme` writes them anew."""
+    text = TEXTS["README.md"]
+    right = with_true_counts(text)
+    wrong = [line for line, was in zip(right.splitlines(), text.splitlines(), strict=True) if line != was]
+    assert not wrong, "README.md should say (python -m tests.test_readme writes it):\n" + "\n".join(wrong)
+
+
+def test_every_source_is_in_the_tree_and_the_core_has_the_size_it_says():
+    text = TEXTS["README.md"]
+    tree, core = (COUNTED.findall(block) for _, block in FENCE.findall(text) if COUNTED.search(block))
+    names = {name for _, several in tree for name in several.split()}
+    rooms = {path.parent.relative_to(ROOT).as_posix() + "/" for path in ROOT.glob("*/__init__.py")}
+    assert names == rooms | {path.name for path in ROOT.glob("*.py")}
+    said = re.search(r"The core is (\w+) of these files, about (\d+) lines", text)
+    assert said
+    assert said[1] == {6: "six", 7: "seven", 8: "eight"}[len(core)]
+    assert int(said[2]) == pytest.approx(sum(count_lines(name.strip()) for _, name in core), rel=0.1)
+
+
+def test_the_quoted_forward_is_that_of_the_layer():
+    assert with_true_forward(TEXTS["README.md"]) == TEXTS["README.md"]
 
 
 def test_the_other_code_runs_from_its_first_line_to_its_last(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     base, _ = load_pretrained("minilm", 4)
     get_peft_model(base, LoraConfig(r=4, target_modules=["q_lin"])).save_pretrained("another")
-    for block in BLOCKS[1:]:
+    blocks = [block for text in TEXTS.values() for block in python_blocks(text)]
+    assert len(blocks) == 3
+    for block in blocks[1:]:
         exec(block, {})
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 2
     assert (tmp_path / "minilm-as-distilbert" / "model.safetensors").exists()
 
 
-def test_every_file_and_link_that_is_named_exists():
-    for name in re.findall(r"`((?:[\w/]+/)?[\w]+\.(?:py|md|json|svg))`|\]\(((?!http)[^)]+)\)", README):
-        path = next(filter(None, name))
+@pytest.mark.parametrize("document", TEXTS)
+def test_every_file_and_link_that_is_named_exists(document):
+    text = TEXTS[document]
+    for link in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", text):
+        assert ((ROOT / document).parent / link).exists(), link
+    without_links = re.sub(r"\]\([^)]*\)", "", text)
+    for path in re.findall(r"(?<![\w/.-])((?:[\w.-]+/)*[\w-]+\.(?:py|md|json|svg|toml))\b", without_links):
         if path.split("/")[-1] not in GENERATED:
             assert (ROOT / path).exists(), path
-
-
-GENERATED = ("results.json", "label_names.json", "adapter_config.json", "tokenizer.json", "config.json")
+    for room in re.findall(r"`((?:lora|model|data|training|reporting|common|tests|bench|docs)/[\w/]*)`", text):
+        assert (ROOT / room).is_dir(), room
 
 
 @pytest.mark.slow
 def test_a_newcomer_gets_from_a_clone_to_labelled_text_in_four_commands(tmp_path, place):
     """In a fresh environment, as the README has them: it installs torch, which takes minutes."""
-    four = re.search(r"(?:^    (?:git|pip|python) .*\n){4}", README, flags=re.MULTILINE)
+    four = re.search(r"(?:^    (?:git|pip|python) .*\n){4}", TEXTS["README.md"], flags=re.MULTILINE)
     assert four
     first, install, teach, label = four[0].splitlines()
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
@@ -174,3 +262,7 @@ cat labels.jsonl
     answers = [json.loads(line) for line in done.stdout.splitlines()[-2:]]
     assert [answer["text"] for answer in answers] == ["Oil prices rose on Monday", "The cup final, at last"]
     assert {answer["label"] for answer in answers} <= {"match", "market"}
+
+
+if __name__ == "__main__":
+    README.write_text(with_true_forward(with_true_counts(TEXTS["README.md"])), encoding="utf-8")

@@ -1,9 +1,9 @@
-"""Break the code as docs/break-it.md says, one break at a time, and see that the test named there fails.
+"""Make each break of docs/break-it.md, one at a time, and check that the test named there fails.
 
-python tests/robustness/break_it.py            two minutes; exit status 1 and a line for each break that is not caught
-python tests/robustness/break_it.py --train    instead, what training on the embedded encoder and corpus says under each break
+python tests/robustness/break_it.py            two minutes; exit status 1, and one line for each break that is not caught
+python tests/robustness/break_it.py --train    instead, print what training on the embedded encoder says under each break
 
-It works on copies: of the files that git tracks, as they stand in the working tree.
+It works on copies of the files that git tracks, with the changes of the working tree.
 """
 
 import json
@@ -28,9 +28,9 @@ SECTION = re.compile(
 class Break:
     title: str
     file: str
-    old: str  # whole lines, with what stands around them where they alone could be meant of another place
+    old: str  # whole lines, with their neighbours if the lines alone occur twice
     new: str
-    test: str  # as pytest names it
+    test: str  # the name that pytest takes
 
     def apply(self, root: Path) -> None:
         path = root / self.file
@@ -41,11 +41,11 @@ class Break:
 
 
 def read_breaks() -> list[Break]:
-    """The document's sections. Raises ValueError for one that lacks its file, its diff or its test."""
+    """The document's sections. Raises ValueError for a section without a file, a diff or a test."""
     breaks = []
     for section in DOCUMENT.read_text(encoding="utf-8").split("\n## ")[1:]:
         if not (found := SECTION.match(section)):
-            raise ValueError(f"{DOCUMENT.name}: no file, diff and test in the section {section.splitlines()[0]!r}")
+            raise ValueError(f"{DOCUMENT.name}: file, diff or test missing in the section {section.splitlines()[0]!r}")
         lines = found["diff"].splitlines(keepends=True)
         old, new = ("".join("\n" + line[1:-1] for line in lines if line[0] in kinds) + "\n" for kinds in (" -", " +"))
         breaks.append(Break(found["title"], found["file"], old, new, found["test"]))
@@ -62,7 +62,7 @@ def copy_to(folder: Path) -> Path:
 
 
 def python(root: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """Python in a copy, on its modules and not those of an installation; in one thread, since two copies run at a time."""
+    """Run Python in a copy, with the copy's modules, in one thread because two copies run at a time."""
     environment = {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "500"}
     return subprocess.run([sys.executable, *arguments], cwd=root, env=os.environ | environment, capture_output=True, text=True)
 
@@ -72,7 +72,7 @@ def run_tests(root: Path, *tests: str) -> subprocess.CompletedProcess:
 
 
 def why_not_caught(broken: Break) -> str | None:
-    """None if the test fails, and because of what it asserts."""
+    """None if the test fails because of an assertion, otherwise the reason."""
     with tempfile.TemporaryDirectory() as folder:
         broken.apply(copy_to(Path(folder)))
         done = run_tests(Path(folder), broken.test)
@@ -81,11 +81,11 @@ def why_not_caught(broken: Break) -> str | None:
     failures = [line for line in done.stdout.splitlines() if line.startswith("FAILED ")]
     if done.returncode == 1 and any(re.search(r" - (assert |AssertionError)", line) for line in failures):
         return None
-    return f"ends in an error, not in a failed assertion: {(failures or done.stdout.splitlines() or [done.stderr])[-1]}"
+    return f"fails with an error, not with an assertion: {(failures or done.stdout.splitlines() or [done.stderr])[-1]}"
 
 
 def check(breaks: list[Break]) -> list[str]:
-    """What is wrong, a line for each: a test that fails on the unbroken code, or one that does not see its break."""
+    """One line for each fault: a test that fails on the unbroken code, or a test that does not notice its break."""
     wrong = []
     with tempfile.TemporaryDirectory() as folder:
         done = run_tests(copy_to(Path(folder)), *dict.fromkeys(broken.test for broken in breaks))
@@ -100,7 +100,7 @@ def check(breaks: list[Break]) -> list[str]:
 
 
 def train(broken: Break | None) -> str:
-    """What `python train.py --model minilm --dataset sample` says under a break: the loss every ten steps, and macro-F1."""
+    """What `python train.py --model minilm --dataset sample` says with a break: the loss every ten steps, and macro-F1."""
     with tempfile.TemporaryDirectory() as folder:
         root = copy_to(Path(folder))
         if broken:

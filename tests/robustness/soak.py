@@ -1,4 +1,4 @@
-"""Ten minutes of training, killing, going on, labelling and swapping adapters in one process: nothing may grow or be left over.
+"""Ten minutes of killing, resuming, labelling and swapping adapters: memory must not grow, and no file may be left behind.
 
 python tests/robustness/soak.py [--minutes 10]
 """
@@ -41,7 +41,7 @@ def open_files() -> int:
 
 
 def quietly(main, *arguments: str) -> str:
-    """What a program of this project prints, run in this process."""
+    """Run a program of this project in this process. Returns what it prints."""
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         status = main(list(arguments))
     assert status == 0, err.getvalue()
@@ -49,7 +49,7 @@ def quietly(main, *arguments: str) -> str:
 
 
 def kill_somewhere(words: list[str], run: Path, rng: random.Random) -> None:
-    """Start the run in another process, and kill that at a random moment after its first checkpoint."""
+    """Start the run in another process, and kill it at a random moment after its first checkpoint."""
     command = [sys.executable, "train.py", *words, "--output-dir", str(run)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and not newest_first(run):
@@ -87,7 +87,7 @@ def main() -> None:
             if not (run / "results.json").exists():
                 killed += 1
                 quietly(train.main, "--resume", str(run))
-            assert (run / WEIGHTS).read_bytes() == (alone / WEIGHTS).read_bytes(), "another adapter than that of one left alone"
+            assert (run / WEIGHTS).read_bytes() == (alone / WEIGHTS).read_bytes(), "the adapter differs from the unkilled run's"
             assert quietly(predict.main, str(run), "Oil prices rose", "--json") == labelled
             for adapter in (other, run):
                 swapped.load_adapter(adapter / "adapter")
@@ -98,7 +98,7 @@ def main() -> None:
                 memory, files = max(memory, memory_mb()), open_files()
             assert memory_mb() <= 1.05 * memory, f"memory grew from {memory:.0f} to {memory_mb():.0f} MB in round {rounds}"
             assert open_files() <= files, f"open files grew from {files} to {open_files()}"
-        print(f"{rounds} rounds, {killed} killed and gone on: equal results, nothing left behind,")
+        print(f"{rounds} rounds, {killed} killed and resumed: equal results, nothing left behind,")
         print(f"{memory_mb():.0f} MB ({memory:.0f} after warming up), {open_files()} open files")
 
 
