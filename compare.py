@@ -15,7 +15,7 @@ from typing import Any
 
 from common.errors import UserError, run_cli
 from common.files import read_json, refuse_to_overwrite
-from training.options import LEARNING_RATES, OF_LORA, Options, flag, parse
+from training.options import LEARNING_RATES, LORA_OPTIONS, Options, flag, parse
 
 REFUSED = ("method", "resume", "merged_output")  # options of train.py that make no sense for three runs
 COLUMNS = ("method", "trained parameters", "of all", "optimizer, MB", "saved, MB", "peak memory, MB", "seconds", "macro-F1")
@@ -31,7 +31,7 @@ def run(arguments: list[str] | None) -> None:
     refuse_to_overwrite(folder)
     rows = []
     for method in LEARNING_RATES:
-        options = {name: value for name, value in typed.items() if method == "lora" or name not in OF_LORA}
+        options = {name: value for name, value in typed.items() if method == "lora" or name not in LORA_OPTIONS}
         results = train(options | {"method": method, "output_dir": str(folder / method), "quiet": True})
         # If the first run fell back to the embedded model or data, the others must use the same.
         typed |= {"model": results["model"], "dataset": results["dataset"]}

@@ -7,7 +7,6 @@ python report.py runs/2026-11-24-103855 --output somewhere.html
 The test texts are labelled again, to show the mistakes. Install what it needs with `pip install -e '.[report]'`.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from training.options import Parser
 
 
 def run(arguments: list[str] | None) -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__)
     parser.add_argument("folder", type=Path, help="a run folder that train.py wrote")
     parser.add_argument("--against", type=Path, help="another run with the same model and adapted layers, to compare with")
     parser.add_argument("--output", type=Path, help="file to write [report.html in the run folder]")

@@ -12,8 +12,8 @@ from lora import LoRALinear, PeftModel
 from model import load_pretrained
 from reporting.geometry import Geometry, geometry
 from training.checkpoint import newest_first
-from training.evaluation import progress_bar
-from training.inference import label, load_classifier
+from training.evaluation import Examples, progress_bar
+from training.inference import load_classifier
 from training.loading import data_sha256
 
 Layers = dict[str, dict[int, Geometry]]  # {"q_lin": {0: ..., 1: ...}, "v_lin": ...}: kind of module, number of layer
@@ -39,7 +39,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 def find_mistakes(folder: Path, results: dict[str, Any]) -> list[dict[str, Any]]:
-    """The answers of `label` for the test texts that are labelled wrong, each with its "truth", the highest score first.
+    """The answers for the test texts that are labelled wrong, each with its "truth", the highest score first.
 
     Raises UserError if the model or the data can no longer be loaded, or the data has changed.
     """
@@ -47,15 +47,16 @@ def find_mistakes(folder: Path, results: dict[str, Any]) -> list[dict[str, Any]]
     max_length = options["max_length"]
     dataset = load_dataset(results["dataset"])
     train, test = dataset.train.first(options["train_limit"]), dataset.test.first(options["test_limit"])
-    runner, tokenizer, names = load_classifier(folder, None, "auto", max_length)
-    train_texts, test_texts = (tokenize(tokenizer, split.texts, max_length) for split in (train, test))
-    if data_sha256(train_texts, train.labels, test_texts, test.labels) != results["sha256"]["data"]:
+    classifier = load_classifier(folder, max_length=max_length)
+    tokenized = [Examples(tokenize(classifier.tokenizer, split.texts, max_length), split.labels) for split in (train, test)]
+    if data_sha256(*tokenized) != results["sha256"]["data"]:
         raise UserError(f"the data set {results['dataset']} has changed since the run")
     mistakes = []
     with progress_bar(len(test), "label", leave=False) as bar:
-        for answer, truth in zip(label(runner, tokenizer, names, test.texts, max_length), test.labels, strict=True):
-            if answer["label"] != names[truth]:
-                mistakes.append(answer | {"truth": names[truth]})
+        for answer, label in zip(classifier.label(test.texts), test.labels, strict=True):
+            truth = classifier.label_names[label]
+            if answer["label"] != truth:
+                mistakes.append(answer | {"truth": truth})
             bar.update()
     return sorted(mistakes, key=lambda answer: -answer["score"])
 

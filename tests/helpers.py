@@ -71,3 +71,13 @@ def layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def adamw_after_a_step(model: torch.nn.Module) -> torch.optim.AdamW:
+    """An optimizer whose state exists. The step changes nothing: every gradient is zero."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, fused=True)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    return optimizer

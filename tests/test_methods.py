@@ -23,11 +23,11 @@ from data import tokenize
 from lora import LoraConfig, LoRALinear, get_peft_model
 from model import load_pretrained
 from training.artifacts import EVENTS
-from training.evaluation import ModelRunner
-from training.inference import label, load_classifier
+from training.evaluation import Examples, ModelRunner
+from training.inference import load_classifier
 from training.model_card import model_card
-from training.options import LEARNING_RATES, OF_LORA, Options
-from training.sanity_checks import frozen_sha256, identities
+from training.options import LEARNING_RATES, LORA_OPTIONS, Options
+from training.sanity_checks import frozen_sha256, lora_checks
 
 SHORT = ["--dataset", "sample", "--train-limit", "96", "--test-limit", "48", "--epochs", "1"]
 DIM, LAYERS = 32, 2  # of the small model
@@ -44,12 +44,12 @@ def runs(tmp_path_factory, small_model) -> Path:
     return folder
 
 
-def runner_of(config: LoraConfig | None) -> tuple[ModelRunner, tuple]:
+def runner_of(config: LoraConfig | None) -> tuple[ModelRunner, Examples]:
     torch.manual_seed(0)
     base, tokenizer = load_pretrained("minilm", 2)
     model = base if config is None else get_peft_model(base, config)
     texts = tokenize(tokenizer, ["one text", "another, longer text", "a third"], 32)
-    return ModelRunner(model, CPU, torch.float32), (texts, np.array([0, 1, 0]))
+    return ModelRunner(model, CPU, torch.float32), Examples(texts, np.array([0, 1, 0]))
 
 
 QV = LoraConfig(r=2, target_modules=["q_lin", "v_lin"])
@@ -57,17 +57,17 @@ QV = LoraConfig(r=2, target_modules=["q_lin", "v_lin"])
 
 def test_the_sanity_checks_pass_and_leave_no_gradient():
     runner, data = runner_of(QV)
-    assert identities(runner, *data) == [
-        "injecting changed the logits by 0.0",
-        "gradients reach exactly the 28 tensors that are trained: 12 A, 12 B, 4 of the head",
-        "the first gradient is exactly 0 for 12 of 12 A, since B = 0, and for 0 B",
+    assert lora_checks(runner, data) == [
+        "injection changed the logits by 0.0",
+        "gradients reach exactly the 28 trained tensors: 12 A, 12 B, 4 head",
+        "the first gradient is exactly 0 for 12 of 12 A (because B = 0) and for 0 of 12 B",
     ]
     assert all(parameter.grad is None for parameter in runner.model.parameters())
 
 
 def test_the_sanity_checks_notice_a_B_that_is_not_zero():
     runner, data = runner_of(LoraConfig(r=2, target_modules=["q_lin", "v_lin"], init_lora_weights=False))
-    changed, _, first = identities(runner, *data)
+    changed, _, first = lora_checks(runner, data)
     assert float(changed.rpartition(" ")[2]) > 0
     assert "exactly 0 for 0 of 12 A" in first
 
@@ -75,7 +75,7 @@ def test_the_sanity_checks_notice_a_B_that_is_not_zero():
 def test_the_sanity_checks_notice_a_tensor_without_gradient():
     runner, data = runner_of(QV)
     runner.model.distilbert.unused = torch.nn.Linear(2, 2)
-    assert "gradients reach 28 tensors (12 A, 12 B, 4 of the head), and 30 are trained" in identities(runner, *data)
+    assert "gradients reach 28 tensors (12 A, 12 B, 4 head), but 30 are trained" in lora_checks(runner, data)
 
 
 def test_the_hash_of_the_frozen_weights_notices_one_bit():
@@ -99,13 +99,14 @@ def test_quiet_skips_the_sanity_checks_and_changes_nothing_else(tmp_path, small_
     quiet = capsys.readouterr().out.splitlines()
     only = [line for line in loud if line not in quiet and "saved" not in line]
     assert [line.split(":")[0] for line in only] == [
-        "injecting changed the logits by 0.0",
-        "gradients reach exactly the 12 tensors that are trained",
-        "the first gradient is exactly 0 for 4 of 4 A, since B = 0, and for 0 B",
-        "frozen weights before training",
-        "frozen weights after training",
+        "LoRA checks",
+        "  injection changed the logits by 0.0",
+        "  gradients reach exactly the 12 trained tensors",
+        "  the first gradient is exactly 0 for 4 of 4 A (because B = 0) and for 0 of 4 B",
+        "  frozen weights before training",
+        "  frozen weights after training",
     ]
-    assert only[-1].endswith("the same")
+    assert only[-1].endswith("unchanged")
     weights = [(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("loud", "quiet")]
     assert weights[0] == weights[1]
 
@@ -134,10 +135,11 @@ def test_the_optimizer_holds_two_numbers_for_each_trained_one(runs):
 
 @pytest.mark.parametrize("method", LEARNING_RATES)
 def test_every_method_predicts_as_accurately_as_the_run_measured(runs, method):
-    runner, tokenizer, names = load_classifier(runs / method, None, "cpu", 256)
+    classifier = load_classifier(runs / method, device="cpu")
+    names = classifier.label_names
     assert names == ["World", "Sports", "Business", "Sci/Tech"]
     rows = [json.loads(line) for line in (Path(train.__file__).parent / "data/sample/test.jsonl").read_text().splitlines()][:48]
-    answers = list(label(runner, tokenizer, names, [row["text"] for row in rows], 256))
+    answers = list(classifier.label(row["text"] for row in rows))
     right = sum(answer["label"] == names[row["label"]] for answer, row in zip(answers, rows, strict=True))
     # The adapter is merged, perhaps in bfloat16, which can change the label of a text with a close score.
     assert right / 48 == pytest.approx(read_json(runs / method / "results.json")["after"]["accuracy"], abs=0.05)
@@ -146,9 +148,9 @@ def test_every_method_predicts_as_accurately_as_the_run_measured(runs, method):
 def test_peft_loads_a_trained_head(runs, small_model):
     base = transformers.AutoModelForSequenceClassification.from_pretrained(small_model)
     theirs = peft.PeftModel.from_pretrained(base, runs / "head" / "adapter").eval()
-    runner, tokenizer, _ = load_classifier(runs / "head", None, "cpu", 256)
-    ids = torch.tensor([tokenizer.encode("Oil prices rose on Monday").ids])
-    ours = runner.model.float()(ids)
+    classifier = load_classifier(runs / "head", device="cpu")
+    ids = torch.tensor([classifier.tokenizer.encode("Oil prices rose on Monday").ids])
+    ours = classifier.runner.model.float()(ids)
     assert torch.allclose(theirs(ids).logits, ours, atol=0.02)
 
 
@@ -179,10 +181,10 @@ def test_full_fine_tuning_resumes_bit_for_bit(tmp_path, small_model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--method", "prefix"], "--method is 'prefix'; it can be lora, full, head"),
-        (["--method", "full", "--r", "8"], "--r is for LoRA, and --method is full: leave out one of them"),
-        (["--method", "head", "--use-dora"], "--use-dora is for LoRA, and --method is head: leave out one of them"),
-        (["--method", "full", "--merged-output", "x"], "--merged-output is for adapters"),
+        (["--method", "prefix"], "--method is 'prefix'. Choose from lora, full, head"),
+        (["--method", "full", "--r", "8"], "--r needs --method lora, but --method is full. Drop one of them"),
+        (["--method", "head", "--use-dora"], "--use-dora needs --method lora, but --method is head. Drop one of them"),
+        (["--method", "full", "--merged-output", "x"], "--merged-output needs an adapter"),
     ],
 )
 def test_an_option_that_contradicts_the_method_is_refused(options, message, capsys):
@@ -193,7 +195,7 @@ def test_an_option_that_contradicts_the_method_is_refused(options, message, caps
 def test_each_method_has_its_own_default_learning_rate():
     assert {method: Options(method=method).learning_rate for method in LEARNING_RATES} == LEARNING_RATES
     assert Options(method="full", learning_rate=0.25).learning_rate == 0.25
-    assert set(OF_LORA) <= set(Options.__dataclass_fields__)
+    assert set(LORA_OPTIONS) <= set(Options.__dataclass_fields__)
 
 
 @pytest.mark.parametrize(("method", "said"), [("full", "Every weight was trained"), ("head", "Only the head was trained")])

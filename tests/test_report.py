@@ -27,7 +27,7 @@ from reporting import page
 from reporting.geometry import amplification, effective_rank, geometry, subspace_similarity, thin_svd
 from reporting.pictures import STYLE, spectra, svg
 from reporting.results import place, read_geometry
-from training.inference import label, load_classifier
+from training.inference import load_classifier
 
 SCRIPT = "Breaking <script>alert('news')</script> & <b>markets</b> fell by 3 % on Monday."
 NAMES = ["World", "Sports & <i>games</i>", "Business", "Sci/Tech"]
@@ -198,9 +198,10 @@ def test_the_page_shows_the_options_and_the_results(runs, content):
 
 
 def test_the_twenty_most_confident_mistakes_are_shown_in_order(runs, content):
-    runner, tokenizer, names = load_classifier(runs[0], None, "cpu", 64)
+    classifier = load_classifier(runs[0], device="cpu", max_length=64)
+    names = classifier.label_names
     test = load_dataset(json.loads((runs[0] / "results.json").read_text())["dataset"]).test
-    answers = zip(label(runner, tokenizer, names, test.texts, 64), test.labels, strict=True)
+    answers = zip(classifier.label(test.texts), test.labels, strict=True)
     wrong = [(answer["score"], answer["label"], names[truth]) for answer, truth in answers if answer["label"] != names[truth]]
     assert len(wrong) == 21
     shown = re.findall(r"true label <b>(.*?)</b>, predicted <b>(.*?)</b> with score ([\d.]+)<", content)

@@ -24,21 +24,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 import safetensors.torch
 import torch
+from helpers import adamw_after_a_step
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-import report
 from common.errors import UserError
 from data import load_dataset, read_texts, tokenize
 from data.datasets import SAMPLE
 from lora import LoraConfig, PeftModel, get_peft_model
 from model import DistilBertConfig, DistilBertForSequenceClassification, load_pretrained, save_pretrained
-from reporting.page import bars, confusion
-from reporting.results import read_run
-from training.checkpoint import AdamW, Checkpoints, newest_first, read_newest
+from reporting.sections import report_page
+from training.checkpoint import Checkpoints, newest_first, read_newest
 from training.evaluation import ModelRunner, compute_logits
 from training.options import Options, parse
 
@@ -174,7 +174,7 @@ def targets(root: Path) -> dict[str, Target]:
 
     run = root / "run"
     run.mkdir()
-    optimizer = AdamW([{"params": [p for p in peft.parameters() if p.requires_grad], "lr": 0.1}], 0.0)
+    optimizer = adamw_after_a_step(peft)
     metadata = {
         "options": {},
         "model": "m",
@@ -208,8 +208,10 @@ def targets(root: Path) -> dict[str, Target]:
             "seed": 0,
             "train_limit": None,
             "test_limit": None,
-            "method": "lora",
+            "revision": None,
+            "method": "head",
         },
+        "embedded": False,
         "parameters": {"trainable": 1, "all": 2, "percent": 50.0},
         "train": {"examples": 4, "steps": 1, "seconds": 1.5, "examples_per_second": 2.7},
     }
@@ -218,10 +220,7 @@ def targets(root: Path) -> dict[str, Target]:
     ended.write_text(json.dumps(results))
 
     def read_results() -> None:
-        said = read_run(ended.parent)
-        page = report.what_was_run(said) + bars(said["before"]["per_class_f1"], said["after"]["per_class_f1"])
-        page += confusion(said["after"]["confusion_matrix"], list(said["after"]["per_class_f1"]))
-        assert "<script" not in page
+        assert "<script" not in report_page(ended.parent, None)
 
     lines = (SAMPLE / "train.jsonl").read_text().splitlines()
     lines = [line for label in range(4) for line in [line for line in lines if json.loads(line)["label"] == label][:2]]
@@ -277,8 +276,7 @@ def targets(root: Path) -> dict[str, Target]:
 
     def read_command() -> None:
         with contextlib.suppress(SystemExit):  # --help
-            options = Options(**parse(command.read_text(errors="surrogateescape").split(" "), None))
-            options.lora_config()
+            Options(**parse(command.read_text(errors="surrogateescape").split(" "), None))
 
     by_name["command line"] = Target(command, read_command)
     return by_name

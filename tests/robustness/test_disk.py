@@ -53,7 +53,7 @@ def in_one_line(done: subprocess.CompletedProcess | subprocess.Popen, errors: st
 @pytest.mark.parametrize(
     ("kilobytes", "what"),
     [
-        (16, "step-00000000.safetensors"),
+        (8, "step-00000000.safetensors"),
         pytest.param(60, "step-0000000", marks=pytest.mark.slow),
         pytest.param(230, "adapter", marks=pytest.mark.slow),
         pytest.param(800, "merged", marks=pytest.mark.slow),

@@ -370,8 +370,8 @@ def test_without_a_hub_the_embedded_model_and_data_are_used(hub, home, tmp_path)
     process = train(hub.url, home, "--output-dir", tmp_path / "out")
     assert process.returncode == 0, process.stderr
     notice = (
-        "distilbert-base-uncased is not on this machine and the hub cannot be reached: the embedded minilm steps in\n"
-        "ag_news is not on this machine and the hub cannot be reached: the embedded sample steps in\n"
+        "distilbert-base-uncased: not on this machine, and the hub cannot be reached. Using the embedded minilm instead\n"
+        "ag_news: not on this machine, and the hub cannot be reached. Using the embedded sample instead\n"
     )
     assert process.stdout.startswith(notice)
     assert process.stdout.endswith(notice)
