@@ -110,6 +110,7 @@ def two_uninterrupted(words, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_two_killed_processes_end_the_same(words, two_uninterrupted, tmp_path):
     kill_and_resume(words, tmp_path / "run", kills=1, processes=2)
     assert_same_result(tmp_path / "run", two_uninterrupted)

@@ -222,6 +222,7 @@ print(json.dumps([attempt(mark, "ann/tiny"), attempt(lambda: len(load_dataset("a
             process.communicate()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_full_size_loads_with_a_random_head(hub, home, full):
     """The encoder has the file's weights; the cache serves later runs, with the hub and without it."""
     hub.add(FULL_NAME, full)
