@@ -38,7 +38,7 @@ def train_biases(model: nn.Module, which: str, head: list[str]) -> None:
 @contextlib.contextmanager
 def original_biases(model: nn.Module) -> Iterator[None]:
     """Within the block, every trained bias has its original value."""
-    modules = [module for module in _trained(model) if module.trained_bias is None]  # the others: an outer block did it
+    modules = [module for module in _trained(model) if module.trained_bias is None]  # not swapped by an outer block
     for module in modules:
         module.trained_bias, module.bias.data = module.bias.data, module.original_bias
     try:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 
-LOADING = timedelta(minutes=30)  # one process may have to download what the others have
-WORKING = timedelta(seconds=50)  # how long to wait for a frozen process; a dead one is noticed at once
+LOAD_TIMEOUT = timedelta(minutes=30)  # one process may have to download what the others have
+STEP_TIMEOUT = timedelta(seconds=50)  # for a process that hangs; one that died is noticed at once
 
 
 @contextmanager
@@ -54,10 +54,10 @@ class Distributed:
         if not self.is_main:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
         with explain_lost_process():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=LOADING)
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=LOAD_TIMEOUT)
 
     def require_same(self, values: dict[str, Any]) -> None:
-        """Wait until all processes have loaded, and check that they loaded the same. After this, no wait is long.
+        """Wait until all processes have loaded, and check that they loaded the same. From here on STEP_TIMEOUT holds.
 
         Raises UserError, with the key, if one of `values` differs between processes.
         """
@@ -67,7 +67,7 @@ class Distributed:
         gathered = [torch.empty_like(checksums) for _ in range(self.world_size)]
         with explain_lost_process():
             dist.all_gather(gathered, checksums)
-            self.group = dist.new_group(timeout=WORKING)
+            self.group = dist.new_group(timeout=STEP_TIMEOUT)
         for rank, others in enumerate(gathered):
             for key, equal in zip(values, others == gathered[0], strict=True):
                 if not equal:
