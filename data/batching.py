@@ -69,7 +69,7 @@ def micro_batches(lengths: np.ndarray, batch: np.ndarray, tokens: int) -> list[n
 
 
 def evaluation_batches(lengths: np.ndarray, tokens: int) -> list[np.ndarray]:
-    """Every example once, sorted by length, in batches of at most `tokens` tokens, padding included."""
+    """Every example once, sorted by length, in micro-batches of at most `tokens` tokens, padding included."""
     order = np.argsort(lengths, kind="stable")
     batches, start = [], 0
     for end in range(1, len(order) + 1):  # lengths are ascending, so the next text is the longest

@@ -29,7 +29,7 @@ def train_biases(model: nn.Module, which: str, head: list[str]) -> None:
     for name, module in model.named_modules():
         chosen = not is_within(name, head) if which == "all" else which == "lora_only" and isinstance(module, LoRALinear)
         bias = getattr(module, "bias", None)
-        if chosen and isinstance(bias, nn.Parameter) and not bias.requires_grad:  # a bias may be shared: prepare it once
+        if chosen and isinstance(bias, nn.Parameter) and not bias.requires_grad:  # a shared bias is prepared once
             module.register_buffer("original_bias", bias.detach().clone(), persistent=False)
             module.register_buffer("trained_bias", None, persistent=False)
             bias.requires_grad_(True)

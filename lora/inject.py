@@ -69,7 +69,7 @@ def print_trainable_parameters(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
-    """Within the block `model` is exactly the base model, head and biases included. Then the previous state returns."""
+    """Within the block `model` is exactly the base model, head and biases included. Afterwards its state is restored."""
     modules = [module for module in model.modules() if isinstance(module, LoRALinear | ModulesToSaveWrapper)]
     enabled = [module.enabled for module in modules]
     merged = [module for module in modules if isinstance(module, LoRALinear) and module.merged]

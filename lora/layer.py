@@ -19,8 +19,8 @@ Few numbers are trained. A projection of DistilBERT has 768 x 768 = 589,824 weig
 Training starts at the pretrained model. B is zero, so dW is zero and the first output does not change. A must not be zero as
 well: each matrix gets its gradient through the other, so two zero matrices would never move.
 
-The scale is alpha / r. Dividing by r reduces the need for a new search for the learning rate when r changes. In this
-project's experiment alpha / r = 16 / 2 = 8.
+The scale is alpha / r. Dividing by r reduces the need to tune the learning rate again when r changes. In this project's
+experiment alpha / r = 16 / 2 = 8.
 
 After training LoRA costs nothing. dW has the shape of W0, so `merge` adds it, and the layer is a plain linear layer again.
 

@@ -1,8 +1,8 @@
 """Several processes that train one model. `torchrun` starts them, and each one computes its shard of every batch.
 
 Every process holds the whole model and all texts. It computes the gradient of its shard's summed loss, divided by the batch
-size. The sum over the processes is the gradient of the batch. So only the gradients of the trained parameters travel: 2.5 MB
-per step for DistilBERT with r = 2 and its head, where full fine-tuning sends 268 MB.
+size. The sum over the processes is the gradient of the batch. So only the gradients of the trained parameters are sent:
+2.5 MB per step for DistilBERT with r = 2 and its head. Full fine-tuning sends 268 MB.
 """
 
 import os
@@ -74,7 +74,7 @@ class Distributed:
                     raise UserError(f"{key} differs between processes 0 and {rank}. Start all of them with the same command")
 
     def shard(self, items: Any) -> Any:
-        """This process's part of a list or array: every world_size-th item, so that long texts are spread evenly."""
+        """This process's part of a list or array: every world_size-th item, which spreads long texts evenly."""
         return items[self.rank :: self.world_size]
 
     def all_reduce(self, tensor: Tensor) -> Tensor:

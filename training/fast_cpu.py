@@ -58,7 +58,7 @@ def dropout(x: Tensor, p: float, training: bool = True, inplace: bool = False) -
     drop = min(round(p * WORD), WORD - 1)
     if not training or not drop:
         return x
-    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(1 << 63), None)  # None: no upper limit, so all 64 bits
+    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(1 << 63), None)  # None: all 64 bits, no upper limit
     bits = words.view(torch.int16)[: x.numel()].view(x.shape)
     scale = torch.tensor(WORD / (WORD - drop), dtype=x.dtype)
     if x.element_size() == 2:  # (0 or 1) * (the bits of `scale` as an integer) = the bits of 0.0 or `scale`: no conversion

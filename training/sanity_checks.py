@@ -24,7 +24,7 @@ def lora_checks(runner: ModelRunner, examples: Examples) -> list[str]:
 
     1. B = 0, so adding LoRA has not changed the logits.
     2. Gradients reach exactly the trained tensors.
-    3. The first gradient of A is exactly zero, because it is a product with B. That of B is not.
+    3. The first gradient of A is exactly zero, because B is a factor of it. The first gradient of B is not zero.
     """
     model, lines = runner.model.eval(), []
     texts, labels = examples
