@@ -57,13 +57,13 @@ def train(options: dict[str, Any]) -> dict[str, Any]:
 def row(method: str, folder: Path, results: dict[str, Any]) -> list[str]:
     """The cells of one run, in the order of COLUMNS."""
     parameters, measured = results["parameters"], results["train"]
-    saved = sum(path.stat().st_size for name in ("adapter", "model") for path in (folder / name).glob("*.safetensors"))
+    weight_bytes = sum(path.stat().st_size for name in ("adapter", "model") for path in (folder / name).glob("*.safetensors"))
     return [
         method,
         f"{parameters['trainable']:,}",
         f"{parameters['percent']:.2f} %",
         f"{measured['optimizer_bytes'] / 1e6:,.1f}",
-        f"{saved / 1e6:,.1f}",
+        f"{weight_bytes / 1e6:,.1f}",
         "unknown" if measured["peak_memory_mb"] is None else f"{measured['peak_memory_mb']:,.0f}",
         f"{measured['seconds']:,.1f}",
         f"{results['after']['macro_f1']:.4f}",

@@ -68,11 +68,11 @@ def run(options: Options, checkpoint: Checkpoint | None = None) -> dict[str, Any
     print_trainable_parameters(model)
     cast_frozen_matrices(model.to(device), dtype)
     runner = ModelRunner(model, device, dtype)
-    frozen = None if options.quiet else frozen_sha256(model)
+    frozen_hash = None if options.quiet else frozen_sha256(model)
     if not options.quiet:
         print("LoRA checks" if inputs.lora_config else "checks", *lora_checks(runner, inputs.train), sep="\n  ")
-    if frozen:
-        print(f"  frozen weights before training: sha256 {frozen[:16]}")
+    if frozen_hash:
+        print(f"  frozen weights before training: sha256 {frozen_hash[:16]}")
 
     # Evaluate, train, evaluate.
     num_labels = len(inputs.label_names)
@@ -89,8 +89,8 @@ def run(options: Options, checkpoint: Checkpoint | None = None) -> dict[str, Any
         print(f"macro-F1 after training:  {macro_f1(after):.4f}")
         for name, f1 in zip(inputs.label_names, f1_per_class(after), strict=True):
             print(f"  F1 of {name:<20} {f1:.4f}")
-        if frozen:
-            print(f"  frozen weights after training:  {'unchanged' if frozen_sha256(model) == frozen else 'CHANGED'}")
+        if frozen_hash:
+            print(f"  frozen weights after training:  {'unchanged' if frozen_sha256(model) == frozen_hash else 'CHANGED'}")
         processes.leave()
         results = summary(options, inputs, runner) | {
             "processes": processes.world_size,
@@ -130,7 +130,7 @@ def train(
     if resumed_step:
         print(f"continuing after step {resumed_step} of {steps}")
     metrics = Metrics(checkpoints.run, resumed_step, options.tensorboard and processes.is_main)
-    start = time.perf_counter() - seconds_before
+    started = time.perf_counter() - seconds_before
     model.train()
 
     step = examples_seen = 0
@@ -152,12 +152,12 @@ def train(
                 for micro_batch in micro_batches(texts.lengths, processes.shard(batch), runner.tokens):
                     logits = runner(texts, micro_batch)
                     targets = runner.to_device(torch.from_numpy(labels[micro_batch]))
-                    # divided by the size of the whole batch, so that the sum over all parts is the mean over the batch
+                    # divided by the size of the whole batch: the sum over all micro-batches is the mean over the batch
                     micro_loss = F.cross_entropy(logits, targets, reduction="sum") / len(batch)
                     micro_loss.backward()
                     loss += micro_loss.detach()
 
-                stop = processes.all_reduce_gradients(parameters, loss, signals.received)
+                stop_signal = processes.all_reduce_gradients(parameters, loss, signals.received)
                 norm = nn.utils.clip_grad_norm_(parameters, max_norm=1.0)
                 batch_loss, gradient_norm = torch.stack([loss, norm]).tolist()
                 refuse_not_finite(batch_loss, gradient_norm, step, batch, options)
@@ -177,14 +177,14 @@ def train(
                             loss=mean_loss,
                             learning_rate=multiplier * options.learning_rate,
                             gradient_norm=gradient_norm,
-                            examples_per_second=examples_seen / (time.perf_counter() - start),
+                            examples_per_second=examples_seen / (time.perf_counter() - started),
                         )
-                if stop or step == steps or checkpoints.due(step):
-                    checkpoints.save(step, model, optimizer, time.perf_counter() - start, losses)
-                if stop:
-                    signals.stop(stop)
+                if stop_signal or step == steps or checkpoints.due(step):
+                    checkpoints.save(step, model, optimizer, time.perf_counter() - started, losses)
+                if stop_signal:
+                    signals.stop(stop_signal)
 
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - started
     return {
         "examples": examples_seen,
         "steps": steps,
@@ -196,12 +196,12 @@ def train(
 
 
 def dropout_seed(seed: int, step: int, rank: int) -> int:
-    """64 bits that depend on all three, so that a step drops out the same whether or not the run was stopped before it."""
+    """A 64-bit seed made from all three. It depends on nothing else, so a resumed run drops the same elements at each step."""
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
 
 
 def start(typed: dict[str, Any]) -> dict[str, Any]:
-    """A new run with the typed options, or a stopped one with its own."""
+    """Begin a new run with the typed options, or resume a stopped run with its own options."""
     if "resume" not in typed:
         return run(Options(**typed))
     checkpoint = read_newest(Path(typed["resume"]))

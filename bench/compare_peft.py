@@ -40,7 +40,7 @@ LORA: dict[str, Any] = {
 class Side:
     """One way to train and label with the base model in `folder`: `step` trains on one batch, `label` labels texts."""
 
-    parts = False  # True: a batch goes through the model in parts of at most TOKENS tokens, padding included
+    micro_batching = False  # True: a batch goes through the model in micro-batches of at most TOKENS tokens, padding included
     lengths: Any  # of the training texts, in tokens
     labelling: Callable[[list[str]], Any] | None = None  # made by `labeller` at its first use
 
@@ -76,9 +76,9 @@ class Side:
         import torch
         import torch.nn.functional as F
 
-        for part in split(self.lengths, batch) if self.parts else [batch]:
-            labels = torch.from_numpy(self.train.labels[part])
-            (F.cross_entropy(self.logits(part), labels, reduction="sum") / len(batch)).backward()
+        for micro_batch in split(self.lengths, batch) if self.micro_batching else [batch]:
+            labels = torch.from_numpy(self.train.labels[micro_batch])
+            (F.cross_entropy(self.logits(micro_batch), labels, reduction="sum") / len(batch)).backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -104,7 +104,7 @@ class Side:
 class PlainLora(Side):
     """Like train.py: frozen weights in bfloat16, batches of similar length, at most 1,024 tokens at a time."""
 
-    parts = True
+    micro_batching = True
 
     def build(self, folder: Path) -> Any:
         import torch
@@ -192,9 +192,9 @@ class Bfloat16(Side):
             order = np.argsort([len(row) for row in ids], kind="stable")
             scores = torch.empty(len(texts), self.num_labels)
             with torch.inference_mode():
-                for part in np.array_split(order, math.ceil(len(order) / 32)):
-                    inputs = self.tokenizer.pad({"input_ids": [ids[i] for i in part]}, return_tensors="pt")
-                    scores[part] = merged(**inputs).logits.float().softmax(dim=-1)
+                for batch in np.array_split(order, math.ceil(len(order) / 32)):
+                    inputs = self.tokenizer.pad({"input_ids": [ids[i] for i in batch]}, return_tensors="pt")
+                    scores[batch] = merged(**inputs).logits.float().softmax(dim=-1)
             return scores
 
         return label
@@ -205,7 +205,7 @@ class Tuned(Bfloat16):
     which is faster on a CPU with dropout."""
 
     attention = "eager"
-    parts = True
+    micro_batching = True
 
 
 class Tutorial(Bfloat16):
@@ -334,23 +334,23 @@ def compare(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
             starting[name].append(time.perf_counter() - start)
 
     lengths = sides[OURS].lengths
-    alike = spread(training_batches(lengths, options.batch_size, seed=0, epoch=0), lengths, 1 + options.batches)
+    similar = spread(training_batches(lengths, options.batch_size, seed=0, epoch=0), lengths, 1 + options.batches)
     shuffled = np.array_split(np.random.default_rng(0).permutation(len(lengths)), math.ceil(len(lengths) / options.batch_size))
     shuffled = spread(shuffled, lengths, 1 + options.batches)
     gemm = GemmRate(sides[OURS].config, sides[OURS].dtype)
     seconds: dict[str, list[float]] = {name: [] for name in SIDES}
     examples = dict.fromkeys(SIDES, 0)
     tokens = 0
-    for number in range(len(alike)):
+    for number in range(len(similar)):
         for name, side in sides.items():
-            batch = (shuffled if name == TUTORIAL else alike)[number]
+            batch = (shuffled if name == TUTORIAL else similar)[number]
             start = time.perf_counter()
             side.ask("step", batch)
             if number:  # the first batch warms up
                 seconds[name].append(time.perf_counter() - start)
                 examples[name] += len(batch)
         if number:
-            sizes = [len(part) * int(lengths[part].max()) for part in split(lengths, alike[number])]
+            sizes = [len(micro_batch) * int(lengths[micro_batch].max()) for micro_batch in split(lengths, similar[number])]
             tokens += sum(sizes)
             gemm.measure(max(sizes))
             print(f"batch {number}", *(f"{seconds[name][-1]:.2f} s" for name in SIDES), file=sys.stderr)
@@ -414,11 +414,11 @@ def main() -> None:
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
     machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
     settings = {name: " ".join((side.__doc__ or "").split()) for name, side in SIDES.items()}
-    about = {"settings": settings, "versions": versions, "machine": machine}
-    about["options"] = {key: value for key, value in vars(options).items() if key != "output"} | {
+    header = {"settings": settings, "versions": versions, "machine": machine}
+    header["options"] = {key: value for key, value in vars(options).items() if key != "output"} | {
         "dataset": Path(options.dataset).name
     }
-    options.output.write_text(json.dumps(about | {"results": result}, indent=2) + "\n")
+    options.output.write_text(json.dumps(header | {"results": result}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """The text: data sets are read and checked, tokenised once, and divided into batches."""
-# ruff: noqa: F401 - for other rooms to import
+# ruff: noqa: F401 - imported for the other folders
 
 from data.batching import TokenizedTexts, evaluation_batches, micro_batches, pad, tokenize, training_batches
 from data.datasets import AG_NEWS, Dataset, Split, load_dataset, read_texts

@@ -41,7 +41,7 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> Tok
 
 
 def training_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """The batches of one epoch, as arrays of example numbers. Each example occurs once, beside others of similar length.
+    """The batches of one epoch, as arrays of example indices. Each example occurs once, beside others of similar length.
 
     A pure function of its arguments, so that a run can be repeated, or resumed in the middle of an epoch.
     """
@@ -56,10 +56,10 @@ def training_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int
 
 
 def micro_batches(lengths: np.ndarray, batch: np.ndarray, tokens: int) -> list[np.ndarray]:
-    """Split `batch` into equal parts of similar length, as few as fit into `tokens` tokens each, padding included.
+    """Split `batch` into micro-batches of equal size and at most `tokens` tokens each, padding included.
 
-    This bounds memory by `tokens`, however long the longest text is, and only its own part is padded to its length. A text
-    of more than `tokens` tokens is a part by itself. An empty batch has no parts.
+    This bounds memory. Texts of similar length are put together, so few are padded to the length of the longest one. A text
+    of more than `tokens` tokens is a micro-batch by itself. An empty batch has no micro-batches.
     """
     if not len(batch):
         return []
@@ -69,7 +69,7 @@ def micro_batches(lengths: np.ndarray, batch: np.ndarray, tokens: int) -> list[n
 
 
 def evaluation_batches(lengths: np.ndarray, tokens: int) -> list[np.ndarray]:
-    """Every example once, sorted by length, in batches of at most `tokens` tokens, padding included."""
+    """Every example once, sorted by length, in micro-batches of at most `tokens` tokens, padding included."""
     order = np.argsort(lengths, kind="stable")
     batches, start = [], 0
     for end in range(1, len(order) + 1):  # lengths are ascending, so the next text is the longest

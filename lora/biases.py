@@ -29,7 +29,7 @@ def train_biases(model: nn.Module, which: str, head: list[str]) -> None:
     for name, module in model.named_modules():
         chosen = not is_within(name, head) if which == "all" else which == "lora_only" and isinstance(module, LoRALinear)
         bias = getattr(module, "bias", None)
-        if chosen and isinstance(bias, nn.Parameter) and not bias.requires_grad:  # a bias may be shared: prepare it once
+        if chosen and isinstance(bias, nn.Parameter) and not bias.requires_grad:  # a shared bias is prepared once
             module.register_buffer("original_bias", bias.detach().clone(), persistent=False)
             module.register_buffer("trained_bias", None, persistent=False)
             bias.requires_grad_(True)
@@ -38,7 +38,7 @@ def train_biases(model: nn.Module, which: str, head: list[str]) -> None:
 @contextlib.contextmanager
 def original_biases(model: nn.Module) -> Iterator[None]:
     """Within the block, every trained bias has its original value."""
-    modules = [module for module in _trained(model) if module.trained_bias is None]  # the others: an outer block did it
+    modules = [module for module in _trained(model) if module.trained_bias is None]  # not swapped by an outer block
     for module in modules:
         module.trained_bias, module.bias.data = module.bias.data, module.original_bias
     try:

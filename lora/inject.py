@@ -44,8 +44,8 @@ def inject(model: nn.Module, config: LoraConfig) -> None:
 def _lora_layer(linear: nn.Linear, name: str, config: LoraConfig) -> LoRALinear:
     r = pattern_value(config.rank_pattern, name, config.r)
     alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
-    kind = DoRALinear if config.use_dora else LoRALinear
-    layer = kind.from_linear(linear, r, alpha, config.lora_dropout, config.use_rslora)
+    layer_class = DoRALinear if config.use_dora else LoRALinear
+    layer = layer_class.from_linear(linear, r, alpha, config.lora_dropout, config.use_rslora)
     initialise(layer, config.init_lora_weights)
     return layer
 
@@ -69,7 +69,7 @@ def print_trainable_parameters(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
-    """Within the block `model` is exactly the base model, head and biases included. After it, the state before is back."""
+    """Within the block `model` is exactly the base model, head and biases included. Afterwards its state is restored."""
     modules = [module for module in model.modules() if isinstance(module, LoRALinear | ModulesToSaveWrapper)]
     enabled = [module.enabled for module in modules]
     merged = [module for module in modules if isinstance(module, LoRALinear) and module.merged]

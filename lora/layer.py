@@ -19,8 +19,8 @@ Few numbers are trained. A projection of DistilBERT has 768 x 768 = 589,824 weig
 Training starts at the pretrained model. B is zero, so dW is zero and the first output does not change. A must not be zero as
 well: each matrix gets its gradient through the other, so two zero matrices would never move.
 
-The scale is alpha / r, so that the size of the update depends little on r, and a new r needs no new search for the learning
-rate. In this project's experiment alpha / r = 16 / 2 = 8.
+The scale is alpha / r. Dividing by r reduces the need to tune the learning rate again when r changes. In this project's
+experiment alpha / r = 16 / 2 = 8.
 
 After training LoRA costs nothing. dW has the shape of W0, so `merge` adds it, and the layer is a plain linear layer again.
 
@@ -40,7 +40,7 @@ class LoRALinear(nn.Linear):
     """A linear layer with a low-rank update beside its weight: (..., d_in) -> (..., d_out).
 
     `weight` and `bias` are those of the layer it replaces: the same tensors under the same names, so the keys of a checkpoint
-    stay valid. `inject` freezes them. A and B are float32, whatever the type of the weight.
+    stay valid. `inject` freezes them. A and B are float32, even beside a 16-bit weight.
 
     lora_dropout: probability of dropout on the input of A.
     use_rslora: scale by alpha / sqrt(r) instead (Kalajdzievski 2023, arXiv:2312.03732).
@@ -67,7 +67,7 @@ class LoRALinear(nn.Linear):
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
         self.enabled = True
         self.register_buffer("W0", None, persistent=False)
-        # a = sqrt(5) makes the bound 1 / sqrt(d_in): the start of nn.Linear, and of A in the authors' code and in peft
+        # a = sqrt(5) gives U(-1 / sqrt(d_in), 1 / sqrt(d_in)), as in nn.Linear, and for A in the authors' code and in peft
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
 

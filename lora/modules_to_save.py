@@ -9,8 +9,8 @@ from torch import Tensor, nn
 class ModulesToSaveWrapper(nn.Module):
     """A frozen module and a float32 copy of it that is trained; peft's class of the same name.
 
-    The original stays for `disable_adapter` and `unload`, which give it back. So the head counts twice among "all" parameters,
-    as it does in peft.
+    `disable_adapter` and `unload` bring the original back. Since it stays, the head counts twice among "all" parameters, as
+    it does in peft.
     """
 
     def __init__(self, module: nn.Module):
@@ -30,12 +30,12 @@ class ModulesToSaveWrapper(nn.Module):
             return getattr(self.trained_module if self.enabled else self.original_module, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Over 16-bit weights the input is cast to float32 for the trained copy, and its output back."""
+        """In a 16-bit model, the input is cast to float32 for the trained copy, and the output is cast back."""
         if not self.enabled:
             return self.original_module(*args, **kwargs)
         dtype = next((arg.dtype for arg in args if _is_float(arg)), None)
-        own = next((parameter.dtype for parameter in self.trained_module.parameters()), dtype)
-        args = tuple(arg.to(own) if _is_float(arg) else arg for arg in args)
+        trained_dtype = next((parameter.dtype for parameter in self.trained_module.parameters()), dtype)
+        args = tuple(arg.to(trained_dtype) if _is_float(arg) else arg for arg in args)
         output = self.trained_module(*args, **kwargs)
         return output.to(dtype) if dtype and isinstance(output, Tensor) else output
 

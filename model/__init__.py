@@ -1,5 +1,5 @@
 """The network: a handwritten DistilBERT, loaded from and saved in the hub's format."""
-# ruff: noqa: F401 - for other rooms to import
+# ruff: noqa: F401 - imported for the other folders
 
 from model.distilbert import DistilBertConfig, DistilBertForSequenceClassification
 from model.pretrained import EMBEDDED, EMBEDDED_ON_HUB, load_pretrained, resolve_revision, save_pretrained, weights_sha256

@@ -80,7 +80,7 @@ class FFN(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """The next layer's values at the positions `x` (B, S, D), which attend to all positions `context` (B, T, D)."""
+    """One layer's output (B, S, D) at the positions of `x` (B, S, D), which attend to all of `context` (B, T, D)."""
 
     def __init__(self, config: DistilBertConfig):
         super().__init__()
@@ -107,7 +107,7 @@ class Transformer(nn.Module):
         """
         for block in self.layer[:-1]:
             x = block(x, x, mask)
-        cls = x[:, :1].contiguous()  # (B, 1, D), so that each product is one over the batch, not one per text
+        cls = x[:, :1].contiguous()  # (B, 1, D); contiguous: one product for the batch, not one per text
         return self.layer[-1](cls, x, mask)[:, 0]
 
 

@@ -32,7 +32,7 @@ def small_model(tmp_path_factory, tokenizer_file) -> Path:
 
 @pytest.fixture(scope="session")
 def whole_run(tmp_path_factory) -> tuple[Path, str]:
-    """`python train.py` where there is no hub, so that what is embedded steps in: its folder and what it printed."""
+    """`python train.py` without a hub, on the embedded model and data: its folder and its output."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
     where = ["--output-dir", str(folder), "--merged-output", str(folder.with_name("merged"))]
     no_hub = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(folder.with_name("empty"))}

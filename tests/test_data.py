@@ -193,8 +193,8 @@ def test_ag_news_itself_is_read_in_both_its_forms(form, sizes):
         assert set(split.labels.tolist()) == {0, 1, 2, 3}
         assert all(text.strip() for text in split.texts)
     if form == "csv":
-        first = (folder / "train.csv").read_text(encoding="utf-8").split("\n")[0]
-        assert first.startswith(f'"{dataset.train.labels[0] + 1}","{dataset.train.texts[0].split(" (AP)")[0]}')
+        first_row = (folder / "train.csv").read_text(encoding="utf-8").split("\n")[0]
+        assert first_row.startswith(f'"{dataset.train.labels[0] + 1}","{dataset.train.texts[0].split(" (AP)")[0]}')
 
 
 # Tokens

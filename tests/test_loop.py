@@ -48,7 +48,7 @@ def plain_loop(model: PeftModel) -> None:
             optimizer.step()
 
 
-@pytest.mark.parametrize("tokens", [10, 30, 10_000], ids=["a text at a time", "in parts", "whole batches"])
+@pytest.mark.parametrize("tokens", [10, 30, 10_000], ids=["a text at a time", "in micro-batches", "whole batches"])
 def test_micro_batches_train_as_a_plain_loop_does(tokens, tmp_path):
     plain, model = new_model(), new_model()
     plain_loop(plain)

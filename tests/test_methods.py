@@ -112,15 +112,15 @@ def test_quiet_skips_the_sanity_checks_and_changes_nothing_else(tmp_path, small_
 
 
 def test_each_method_trains_and_saves_what_its_name_says(runs, small_model):
-    found = {method: read_json(runs / method / "results.json")["parameters"]["trainable"] for method in LEARNING_RATES}
+    trainable = {method: read_json(runs / method / "results.json")["parameters"]["trainable"] for method in LEARNING_RATES}
     base = load_pretrained(str(small_model), 4)[0].state_dict()
     head = DIM * DIM + DIM + 4 * DIM + 4
-    assert found == {
+    assert trainable == {
         "lora": head + LAYERS * 2 * 2 * (DIM + DIM),
         "head": head,
         "full": sum(tensor.numel() for tensor in base.values()),
     }
-    assert {method: (runs / method / "model").exists() for method in found} == {"lora": False, "head": False, "full": True}
+    assert {method: (runs / method / "model").exists() for method in trainable} == {"lora": False, "head": False, "full": True}
     full = load_pretrained(str(runs / "full" / "model"), 4)[0].state_dict()
     unchanged = [name for name, tensor in full.items() if torch.equal(tensor, base[name])]
     assert unchanged == []

@@ -238,7 +238,7 @@ STRANGE = [
     ],
 )
 def test_strange_texts_get_a_line_of_json_each(whole_run, tmp_path, suffix, encoding):
-    """The line has the text unchanged, whatever the encoding of the console."""
+    """The line has the text unchanged in every encoding of the console."""
     texts = ["First.", *STRANGE]
     path = tmp_path / f"texts{suffix}"
     with open(path, "w", encoding="utf-8", newline="") as file:

@@ -405,8 +405,8 @@ def test_the_checkpoint_holds_theta_and_nothing_else(tmp_path):
     content = (tmp_path / "adapter_model.safetensors").read_bytes()
     table = int.from_bytes(content[:8], "little")
     assert len(content) - 8 - table == 4 * model.get_nb_trainable_parameters()[0]
-    saved = safetensors.torch.load(content).values()
-    assert sorted(tensor.norm().item() for tensor in saved) == sorted(p.norm().item() for p in trainable(model).values())
+    tensors = safetensors.torch.load(content).values()
+    assert sorted(tensor.norm().item() for tensor in tensors) == sorted(p.norm().item() for p in trainable(model).values())
 
 
 # Section 5.1: the number of parameters

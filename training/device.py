@@ -29,7 +29,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """float32 or bfloat16; "auto" is bfloat16 if the processor multiplies it natively."""
+    """float32 or bfloat16; "auto" is bfloat16 if the device multiplies it natively."""
     if name == "auto":
         native = {
             "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
@@ -63,5 +63,5 @@ def peak_memory_mb(device: torch.device) -> float | None:
         import resource  # macOS and other systems without /proc
     except ImportError:
         return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # on Linux it starts at the parent's peak: /proc comes first
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # on Linux it includes the parent's peak, so /proc comes first
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e6  # macOS counts bytes, others KiB

@@ -1,8 +1,8 @@
 """Several processes that train one model. `torchrun` starts them, and each one computes its shard of every batch.
 
 Every process holds the whole model and all texts. It computes the gradient of its shard's summed loss, divided by the batch
-size. The sum over the processes is the gradient of the batch. So only the gradients of the trained parameters travel: 2.5 MB
-per step for DistilBERT with r = 2 and its head, where full fine-tuning sends 268 MB.
+size. The sum over the processes is the gradient of the batch. So only the gradients of the trained parameters are sent:
+2.5 MB per step for DistilBERT with r = 2 and its head. Full fine-tuning sends 268 MB.
 """
 
 import os
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 
-LOADING = timedelta(minutes=30)  # one process may have to download what the others have
-WORKING = timedelta(seconds=50)  # how long to wait for a frozen process; a dead one is noticed at once
+LOAD_TIMEOUT = timedelta(minutes=30)  # one process may have to download what the others have
+STEP_TIMEOUT = timedelta(seconds=50)  # for a process that hangs; one that died is noticed at once
 
 
 @contextmanager
@@ -54,10 +54,10 @@ class Distributed:
         if not self.is_main:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
         with explain_lost_process():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=LOADING)
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=LOAD_TIMEOUT)
 
     def require_same(self, values: dict[str, Any]) -> None:
-        """Wait until all processes have loaded, and check that they loaded the same. After this, no wait is long.
+        """Wait until all processes have loaded, and check that they loaded the same. From here on STEP_TIMEOUT holds.
 
         Raises UserError, with the key, if one of `values` differs between processes.
         """
@@ -67,14 +67,14 @@ class Distributed:
         gathered = [torch.empty_like(checksums) for _ in range(self.world_size)]
         with explain_lost_process():
             dist.all_gather(gathered, checksums)
-            self.group = dist.new_group(timeout=WORKING)
+            self.group = dist.new_group(timeout=STEP_TIMEOUT)
         for rank, others in enumerate(gathered):
             for key, equal in zip(values, others == gathered[0], strict=True):
                 if not equal:
                     raise UserError(f"{key} differs between processes 0 and {rank}. Start all of them with the same command")
 
     def shard(self, items: Any) -> Any:
-        """This process's part of a list or array: every world_size-th item, so that long texts are spread evenly."""
+        """This process's part of a list or array: every world_size-th item, which spreads long texts evenly."""
         return items[self.rank :: self.world_size]
 
     def all_reduce(self, tensor: Tensor) -> Tensor:

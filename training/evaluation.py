@@ -1,9 +1,9 @@
-"""From example numbers to logits to macro-F1.
+"""From example indices to logits to macro-F1.
 
-batch -> shard -> micro-batch -> logits -> confusion matrix -> macro-F1
-16       this        at most      (B, C)    (C, C) counts,
-texts    process's   1,024                  summed over the
-         part        tokens                 processes
+training      a batch of 16 texts -> this process's shard -> micro-batches -> logits (B, C) -> loss
+evaluation    all texts -> micro-batches -> this process's shard -> logits (B, C) -> confusion matrix (C, C) -> macro-F1
+
+A micro-batch has at most 1,024 tokens on a CPU, padding included. The confusion matrices of the processes are added up.
 """
 
 import math
@@ -21,7 +21,7 @@ from training.distributed import Distributed
 from training.fast_cpu import fast_if_cpu
 
 # Tokens in one micro-batch, padding included. On a CPU, twice as many train no faster and take 300 MB more. A GPU needs more
-# work at a time; its number has not been measured.
+# work at a time; the best number for it has not been measured.
 TOKENS, TOKENS_ON_GPU = 1024, 16384
 
 
@@ -31,7 +31,7 @@ class Examples(NamedTuple):
 
 
 class ModelRunner:
-    """Computes logits for example numbers, in training and in evaluation: pads, moves to the device, runs under autocast.
+    """Computes logits for example indices, in training and in evaluation: pads, moves to the device, runs under autocast.
 
     Freeze, cast and merge the model's weights first: training/fast_cpu.py keeps its own copy of them.
     """
@@ -42,13 +42,13 @@ class ModelRunner:
         self.tokens = TOKENS if device.type == "cpu" else TOKENS_ON_GPU
 
     def __call__(self, texts: TokenizedTexts, micro_batch: np.ndarray) -> Tensor:
-        """Logits (B, C) in float32 for B example numbers and C classes."""
+        """Logits (B, C) in float32 for B example indices and C classes."""
         input_ids, mask = pad(texts, micro_batch)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32), self.fast:
             return self.model(self.to_device(input_ids), self.to_device(mask)).float()
 
     def to_device(self, tensor: Tensor) -> Tensor:
-        if self.device.type == "cuda":  # from pinned memory, so that the copy does not hold up the processor
+        if self.device.type == "cuda":  # a copy from pinned memory does not block the CPU
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
 
@@ -98,7 +98,7 @@ def f1_per_class(matrix: np.ndarray) -> np.ndarray:
 
 
 def macro_f1(matrix: np.ndarray) -> float:
-    """The mean F1 of the classes that occur or are predicted. The rest is left out, as in scikit-learn's `f1_score`."""
+    """The mean F1 of the classes that occur or are predicted. Other classes are left out, as in scikit-learn's `f1_score`."""
     return float(np.nanmean(f1_per_class(matrix)))
 
 

@@ -58,7 +58,7 @@ def dropout(x: Tensor, p: float, training: bool = True, inplace: bool = False) -
     drop = min(round(p * WORD), WORD - 1)
     if not training or not drop:
         return x
-    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(1 << 63), None)  # None: no upper limit, so all 64 bits
+    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(1 << 63), None)  # None: all 64 bits, no upper limit
     bits = words.view(torch.int16)[: x.numel()].view(x.shape)
     scale = torch.tensor(WORD / (WORD - drop), dtype=x.dtype)
     if x.element_size() == 2:  # (0 or 1) * (the bits of `scale` as an integer) = the bits of 0.0 or `scale`: no conversion
@@ -89,16 +89,16 @@ class Packed:
 
     def __init__(self, layer: nn.Linear):
         self.weight = layer.weight.detach()
-        self.forward = torch.ops.mkldnn._reorder_linear_weight(self.weight)
-        self.transposed: Tensor | None = None
+        self.reordered = torch.ops.mkldnn._reorder_linear_weight(self.weight)
+        self._transposed: Tensor | None = None
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return PackedLinear.apply(x.to(torch.bfloat16), self, bias)
 
-    def backward(self) -> Tensor:
-        if self.transposed is None:  # made at the first backward pass: inference has none
-            self.transposed = torch.ops.mkldnn._reorder_linear_weight(self.weight.t().contiguous())
-        return self.transposed
+    def transposed(self) -> Tensor:
+        if self._transposed is None:  # made at the first backward pass: inference has none
+            self._transposed = torch.ops.mkldnn._reorder_linear_weight(self.weight.t().contiguous())
+        return self._transposed
 
 
 class PackedLinear(torch.autograd.Function):
@@ -107,13 +107,13 @@ class PackedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
         ctx.packed = packed
-        return product(x, packed.forward, None if bias is None else bias.to(torch.bfloat16))
+        return product(x, packed.reordered, None if bias is None else bias.to(torch.bfloat16))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
-        of_x = product(gradient, ctx.packed.backward(), None) if ctx.needs_input_grad[0] else None
-        of_bias = gradient.flatten(0, -2).sum(dim=0, dtype=torch.float32) if ctx.needs_input_grad[2] else None
-        return of_x, None, of_bias
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        grad_x = product(grad_output, ctx.packed.transposed(), None) if ctx.needs_input_grad[0] else None
+        grad_bias = grad_output.flatten(0, -2).sum(dim=0, dtype=torch.float32) if ctx.needs_input_grad[2] else None
+        return grad_x, None, grad_bias
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -40,9 +40,9 @@ class Classifier:
             scores = np.exp(logits - logits.max(axis=1, keepdims=True))
             scores /= scores.sum(axis=1, keepdims=True)  # softmax
             for text, row in zip(chunk, scores.astype(float), strict=True):
-                best = int(row.argmax())
+                predicted = int(row.argmax())
                 by_name = dict(zip(self.label_names, row, strict=True))
-                yield {"text": text, "label": self.label_names[best], "score": row[best], "scores": by_name}
+                yield {"text": text, "label": self.label_names[predicted], "score": row[predicted], "scores": by_name}
 
 
 def load_classifier(folder: Path, model: str | None = None, device: str = "auto", max_length: int = 256) -> Classifier:
@@ -57,7 +57,7 @@ def load_classifier(folder: Path, model: str | None = None, device: str = "auto"
             raise UserError(f"{folder} is a whole model and needs no base model. Leave out --model")
         label_names = read_label_names(folder)
         classifier, tokenizer = load_pretrained(str(folder), len(label_names))
-        return Classifier(prepare(classifier, device, max_length), tokenizer, label_names, max_length)
+        return Classifier(make_runner(classifier, device, max_length), tokenizer, label_names, max_length)
     config, tensors = read_adapter(folder)
     name = config.base_model_name_or_path if model is None else model
     if name is None:
@@ -73,7 +73,7 @@ def load_classifier(folder: Path, model: str | None = None, device: str = "auto"
 
     classifier, tokenizer = load_pretrained(name, len(head), config.revision if model is None else None)
     PeftModel.from_pretrained(classifier, folder).merge_and_unload()  # in float32
-    return Classifier(prepare(classifier, device, max_length), tokenizer, label_names, max_length)
+    return Classifier(make_runner(classifier, device, max_length), tokenizer, label_names, max_length)
 
 
 def read_label_names(model: Path) -> list[str]:
@@ -85,7 +85,7 @@ def read_label_names(model: Path) -> list[str]:
     return [str(names[str(i)]) for i in range(len(names))]
 
 
-def prepare(model: DistilBertForSequenceClassification, device_name: str, max_length: int) -> ModelRunner:
+def make_runner(model: DistilBertForSequenceClassification, device_name: str, max_length: int) -> ModelRunner:
     if not 3 <= max_length <= (longest := model.config.max_position_embeddings):
         raise UserError(f"--max-length is {max_length}. For this model it must be between 3 and {longest}")
     device = choose_device(device_name)

@@ -43,10 +43,10 @@ class Inputs:
 
 
 def load_inputs(options: Options, checkpoint: Checkpoint | None) -> Inputs:
-    """Load what the options name, or what the checkpoint's run began with. Raises UserError if it does not fit together."""
+    """Load the model and data of the options, or of the checkpoint. Raises UserError if they do not fit together."""
     dataset_name, model_name = (checkpoint.dataset, checkpoint.model) if checkpoint else (options.dataset, options.model)
     if model_name is None and options.revision is not None:
-        model_name = DEFAULT_MODEL
+        model_name = DEFAULT_MODEL  # without a fallback: the embedded model has no revisions
     dataset, dataset_name, data_notice = load_with_fallback(load_dataset, dataset_name, DEFAULT_DATASET, EMBEDDED_DATASET)
 
     def load_at_commit(name: str) -> tuple[DistilBertForSequenceClassification, Tokenizer, str | None]:
@@ -97,9 +97,9 @@ def data_sha256(train: Examples, test: Examples) -> str:
 
 
 def load_with_fallback(load: Callable[[str], Any], name: str | None, default: str, embedded: str) -> tuple[Any, str, str]:
-    """(what was loaded, its name, a notice if the embedded one was used instead).
+    """Returns what was loaded, its name, and a notice if it is the embedded replacement.
 
-    A name that was typed is loaded or refused. Only the default falls back, and only if the hub cannot be reached.
+    A name that was typed is loaded or rejected. Only the default falls back, and only if the hub cannot be reached.
     """
     if name is not None:
         return load(name), name, ""

@@ -24,6 +24,6 @@ def parameter_groups(model: nn.Module, learning_rate: float, loraplus_lr_ratio: 
 
 
 def lr_multiplier(step: int, steps: int, warmup: float) -> float:
-    """The share of the peak learning rate at `step` of 1..steps: rises to 1 in warmup * steps steps, then falls towards 0."""
-    rising = max(1.0, warmup * steps)
-    return min(step / rising, (steps - step + 1) / (steps - rising + 1))
+    """The learning rate at `step` (1 to `steps`) as a fraction of its peak. It rises over `warmup` of the steps, then falls."""
+    warmup_steps = max(1.0, warmup * steps)
+    return min(step / warmup_steps, (steps - step + 1) / (steps - warmup_steps + 1))

@@ -49,7 +49,7 @@ class Options:
     )
     bias: str = option("none", "biases to train: none, all, lora_only")
     use_rslora: bool = option(False, "scale by alpha / sqrt(r) instead (rsLoRA)")
-    use_dora: bool = option(False, "train the length of each row of W apart from its direction (DoRA)")
+    use_dora: bool = option(False, "train the magnitude and the direction of each row of W separately (DoRA)")
     loraplus_lr_ratio: float = option(
         1.0, "learning rate of B relative to the rest (LoRA+; 16 is typical)", minimum=1e-6, maximum=1e6
     )
@@ -63,9 +63,9 @@ class Options:
     )
     weight_decay: float = option(0.01, "weight decay of AdamW", minimum=0, maximum=1e30)
     warmup: float = option(
-        0.1, "share of the steps in which the learning rate rises from 0; then it falls linearly to 0", minimum=0, maximum=1
+        0.1, "fraction of the steps in which the learning rate rises from 0; then it falls linearly to 0", minimum=0, maximum=1
     )
-    max_length: int = option(256, "longest text in tokens; the rest is cut off", minimum=3, maximum=2**31 - 1)
+    max_length: int = option(256, "maximum tokens per text; the rest is cut off", minimum=3, maximum=2**31 - 1)
     seed: int = option(0, "seed of the head, the adapters, the order of the examples and dropout", minimum=0, maximum=2**63 - 1)
     resume: str | None = option(None, "continue the stopped run in this folder, with the options that it began with")
     checkpoint_every: int | None = option(
@@ -117,7 +117,7 @@ class Options:
 
 
 def check(name: str, value: Any, minimum: float | None, maximum: float | None, choices: tuple[str, ...], help: str) -> None:
-    """Raises UserError if an option's value is outside its range. None is an option left out."""
+    """Raises UserError if an option's value is outside its range. None means that the option was left out."""
     if choices and value not in choices:
         raise UserError(f"{name} is {value!r}. Choose from {', '.join(choices)}")
     if minimum is not None and maximum is not None and value is not None and not minimum <= value <= maximum:

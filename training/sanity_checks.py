@@ -1,4 +1,4 @@
-"""What LoRA promises (arXiv:2106.09685, section 4.1), checked on the real model; and that training stays finite."""
+"""Checks on the real model: LoRA's promises (arXiv:2106.09685, section 4.1), and that loss and gradients stay finite."""
 
 import math
 from collections import Counter
@@ -16,7 +16,7 @@ from training.checkpoint import sha256, trained_parameters
 from training.evaluation import Examples, ModelRunner
 from training.options import Options
 
-CHECKED = 8  # the first examples are enough
+CHECK_EXAMPLES = 8  # a few are enough
 
 
 def lora_checks(runner: ModelRunner, examples: Examples) -> list[str]:
@@ -24,11 +24,11 @@ def lora_checks(runner: ModelRunner, examples: Examples) -> list[str]:
 
     1. B = 0, so adding LoRA has not changed the logits.
     2. Gradients reach exactly the trained tensors.
-    3. The first gradient of A is exactly zero, because it is a product with B. That of B is not.
+    3. The first gradient of A is exactly zero, because B is a factor of it. The first gradient of B is not zero.
     """
     model, lines = runner.model.eval(), []
     texts, labels = examples
-    micro_batch = micro_batches(texts.lengths, np.arange(min(CHECKED, len(labels))), runner.tokens)[0]
+    micro_batch = micro_batches(texts.lengths, np.arange(min(CHECK_EXAMPLES, len(labels))), runner.tokens)[0]
     logits = runner(texts, micro_batch)
     if isinstance(model, PeftModel):
         with torch.no_grad(), model.disable_adapter():

@@ -584,11 +584,11 @@ def test_a_file_that_cannot_be_written_is_refused_by_name(tmp_path):
 def test_a_model_that_has_diverged_is_not_scored(base_folder, tokenizer_file):
     model, tokenizer = load_pretrained(str(base_folder), 2)
     texts = tokenize(tokenizer, ["one", "two"], 16)
-    forward = ModelRunner(model, torch.device("cpu"), torch.float32)
-    batches = evaluation_batches(texts.lengths, forward.tokens)
-    assert compute_logits(forward, texts, batches).shape == (2, 2)
+    runner = ModelRunner(model, torch.device("cpu"), torch.float32)
+    batches = evaluation_batches(texts.lengths, runner.tokens)
+    assert compute_logits(runner, texts, batches).shape == (2, 2)
     model.classifier.bias.data[0] = torch.inf
-    assert "smaller --learning-rate" in refusal(compute_logits, forward, texts, batches)
+    assert "smaller --learning-rate" in refusal(compute_logits, runner, texts, batches)
 
 
 def process(*arguments, **environment):

@@ -248,12 +248,12 @@ def test_an_option_that_contradicts_the_run_is_refused(typed, message, stopped, 
 
 
 def test_other_data_model_or_number_of_processes_is_refused(stopped, tmp_path):
-    saved = read_newest(stopped)
+    newest = read_newest(stopped)
     with pytest.raises(UserError, match=r"number of processes: 1 in .*, 2 now"):
-        saved.refuse_changes(2, saved.fingerprint)
+        newest.refuse_changes(2, newest.fingerprint)
     for what in ("the model", "the data", "--dtype"):
         with pytest.raises(UserError, match=f"{what} has changed since the run"):
-            saved.refuse_changes(1, saved.fingerprint | {what: "another"})
+            newest.refuse_changes(1, newest.fingerprint | {what: "another"})
 
 
 def test_an_ended_run_is_not_resumed(uninterrupted, capsys):
@@ -262,9 +262,9 @@ def test_an_ended_run_is_not_resumed(uninterrupted, capsys):
 
 
 def test_options_without_influence_on_the_result_may_change(stopped, tmp_path):
-    saved = read_newest(stopped)
-    options = saved.resume_options({"r": 2, "target_modules": ["q_lin", "v_lin"], "checkpoint_every": 7})
-    assert options == dataclasses.replace(Options(**saved.options), checkpoint_every=7)
+    newest = read_newest(stopped)
+    options = newest.resume_options({"r": 2, "target_modules": ["q_lin", "v_lin"], "checkpoint_every": 7})
+    assert options == dataclasses.replace(Options(**newest.options), checkpoint_every=7)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(words, tmp_path, capsys):
@@ -293,7 +293,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_partial_file(largest, what, words
     assert f"{what} cannot be written: File too large" in errors.splitlines()[-1]
     assert not list(run.rglob(".*"))
     if what == "adapter":
-        assert read_newest(run).step == STEPS  # nothing is lost: with more room, the run goes on from here
+        assert read_newest(run).step == STEPS  # nothing is lost: with more room, the run can continue from here
 
 
 def test_checkpoints_take_at_most_one_percent_of_the_time(tmp_path, monkeypatch):
@@ -379,8 +379,8 @@ sys.exit(train.main(["--resume", sys.argv[1 + int(os.environ["RANK"])]]))
 def test_a_skipped_checkpoint_is_removed(stopped):
     newest, other = newest_first(stopped)
     newest.write_bytes(b"damaged")
-    saved = read_newest(stopped)
-    Checkpoints(stopped, 1, {}, write=True).clean(saved.step)
+    newest = read_newest(stopped)
+    Checkpoints(stopped, 1, {}, write=True).clean(newest.step)
     assert newest_first(stopped) == [other]
 
 
@@ -399,10 +399,10 @@ def test_a_damaged_line_of_metrics_is_named(stopped):
 
 @pytest.mark.parametrize("changed", [{"options": {"frobnicate": 1}}, {"options": {"epochs": -1}}, {"more": 1}])
 def test_a_checkpoint_of_another_version_is_skipped(changed, killed, tmp_path, capsys):
-    saved = read_newest(killed)
-    fields = {item.name: getattr(saved, item.name) for item in dataclasses.fields(saved)[2:]}  # without path and tensors
+    newest = read_newest(killed)
+    fields = {item.name: getattr(newest, item.name) for item in dataclasses.fields(newest)[2:]}  # without path and tensors
     state = json.dumps(fields | changed)
-    tensors = {key: tensor.bfloat16() for key, tensor in saved.tensors.items()}
+    tensors = {key: tensor.bfloat16() for key, tensor in newest.tensors.items()}
     (tmp_path / "checkpoints").mkdir()
     metadata = {"state": state, "sha256": checkpoint.sha256(state, tensors)}
     safetensors.torch.save_file(tensors, tmp_path / "checkpoints" / "step-00000001.safetensors", metadata=metadata)
