@@ -257,7 +257,7 @@ def test_the_code_on_a_card_runs(runs, method, small_model, whole_run, tmp_path,
     run = whole_run[0] if method == "minilm" else runs / method
     folder = run / ("model" if method == "full" else "adapter")
     blocks = re.findall(r"```python\n(.*?)```", card_of(folder)[1], flags=re.DOTALL)
-    assert len(blocks) == (1 if method == "full" else 2)
+    assert len(blocks) == 1
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     for block in blocks:

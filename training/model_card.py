@@ -39,14 +39,6 @@ base = AutoModelForSequenceClassification.from_pretrained("{base}", id2label=nam
 model = PeftModel.from_pretrained(base, "THIS_FOLDER").merge_and_unload()
 print(pipeline("text-classification", model, tokenizer=AutoTokenizer.from_pretrained("{base}"))("a text"))
 ```
-
-With transformers (it needs peft installed):
-
-```python
-base = AutoModelForSequenceClassification.from_pretrained("{base}", id2label=names)
-base.load_adapter("THIS_FOLDER")
-print(pipeline("text-classification", base, tokenizer=AutoTokenizer.from_pretrained("{base}"))("a text"))
-```
 """
 
 
