@@ -59,18 +59,6 @@ def refuse_to_overwrite(folder: Path) -> None:
         raise UserError(f"{folder} is the current folder: name another folder")
 
 
-def refuse_if_unwritable(folder: Path) -> None:
-    """Raises UserError if `new_folder(folder)` would fail, before hours are spent on its content. Leaves nothing behind."""
-    missing = [path for path in [folder, *folder.parents] if not path.exists()]
-    try:
-        with new_folder(folder):
-            pass
-    finally:
-        for path in missing:
-            with contextlib.suppress(OSError, ValueError):  # it was not made
-                path.rmdir()
-
-
 def append_line(path: Path, line: str) -> None:
     """Append a line to a file, and flush it to disk."""
     try:

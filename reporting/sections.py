@@ -66,7 +66,7 @@ def outcome(folder: Path, results: dict[str, Any]) -> str:
     if metrics:
         loss = page.figure(
             "Loss and learning rate",
-            pictures.curves(metrics, results["train"]["steps"] / results["options"]["epochs"]),
+            pictures.curves(metrics),
             "Each point is the mean loss since the previous point: follow the trend and ignore small ups and downs. Train for "
             "more epochs if the loss still falls at the end, and lower the learning rate if the loss rises where that is high.",
         )

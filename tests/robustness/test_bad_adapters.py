@@ -95,7 +95,10 @@ def test_another_rank_than_configured(folder):
 
 def test_another_number_of_classes(folder):
     change_tensors(folder, lambda t: t.update({key: t[key][:2].clone() for key in t if ".classifier." in key}))
-    assert "classifier.bias is (2,), in the model (4,). Load the base model of the adapter, with its number of classes" in refusal(folder)
+    assert (
+        "classifier.bias is (2,), in the model (4,). Load the base model of the adapter, with its number of classes"
+        in refusal(folder)
+    )
 
 
 def test_another_base_model(folder):
