@@ -3,12 +3,11 @@
 import contextlib
 import hashlib
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from common.errors import UserError
 from lora.files import flush, make_folder, read_json, read_safetensors, why, write_file  # noqa: F401 - some for other rooms
@@ -22,15 +21,6 @@ def sha256_of_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file. Raises UserError if the file is damaged."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is not a whole safetensors file ({error})") from error
-
-
 @contextlib.contextmanager
 def new_folder(folder: Path | str) -> Iterator[Path]:
     """Write a folder whole or not at all: the block fills a temporary sibling, which is then flushed to disk and renamed.
@@ -39,24 +29,21 @@ def new_folder(folder: Path | str) -> Iterator[Path]:
     """
     folder = Path(folder)
     refuse_to_overwrite(folder)
+    prefix = f".{folder.name[:40]}."  # names have a limit
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name[:40]}.", dir=folder.parent))  # names have a limit
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror}") from error
-    try:
-        yield temporary
-        umask = os.umask(0)  # the only way to read it is to set it
-        os.umask(umask)
-        for path in [*temporary.rglob("*"), temporary]:
-            path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)  # mkdtemp makes it private
-            flush(path)
-        os.replace(temporary, folder)
-        flush(folder.parent)
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=folder.parent, ignore_cleanup_errors=True) as name:
+            temporary = Path(name)
+            yield temporary
+            umask = os.umask(0)  # the only way to read it is to set it
+            os.umask(umask)
+            for path in [*temporary.rglob("*"), temporary]:
+                path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)  # the temporary folder is private
+                flush(path)
+            os.replace(temporary, folder)
+            flush(folder.parent)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be written: {getattr(error, 'strerror', None) or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def refuse_to_overwrite(folder: Path) -> None:
@@ -70,18 +57,6 @@ def refuse_to_overwrite(folder: Path) -> None:
         raise UserError(f"{folder} exists and is not an empty folder: name another folder, or move it away")
     if is_current:
         raise UserError(f"{folder} is the current folder: name another folder")
-
-
-def refuse_if_unwritable(folder: Path) -> None:
-    """Raises UserError if `new_folder(folder)` would fail, before hours are spent on its content. Leaves nothing behind."""
-    missing = [path for path in [folder, *folder.parents] if not path.exists()]
-    try:
-        with new_folder(folder):
-            pass
-    finally:
-        for path in missing:
-            with contextlib.suppress(OSError, ValueError):  # it was not made
-                path.rmdir()
 
 
 def append_line(path: Path, line: str) -> None:

@@ -53,15 +53,13 @@ def save_adapter(model: nn.Module, config: LoraConfig, folder: str | Path) -> No
 def read_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     """The configuration and the tensors in an adapter folder.
 
-    Raises UserError if a file is missing, damaged or a pickle, or if a tensor is not finite.
+    Raises UserError if a file is missing or damaged, or if a tensor is not finite.
     """
     folder = Path(folder)
     if not os.path.isfile(folder / CONFIG_FILE):  # Path.is_file raises OSError for a name that is too long
         raise UserError(f"{folder} is not an adapter: {CONFIG_FILE} not found. Pass a run folder or an adapter folder")
     config = LoraConfig.from_pretrained(folder)
     path = folder / WEIGHTS_FILE
-    if not path.exists() and (folder / "adapter_model.bin").exists():
-        raise UserError(f"{folder / 'adapter_model.bin'} is a pickle, which is never read. Save the adapter as safetensors")
     tensors = read_safetensors(path)
     _check_finite(tensors, str(path))
     return config, tensors
@@ -80,21 +78,10 @@ def match_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str | Pa
         if key not in expected:
             raise UserError(f"{source} contains {key}, which this model does not have. Load the base model of the adapter")
         theirs, ours = tuple(tensors[key].shape), tuple(expected[key].shape)
-        if theirs[:1] != ours[:1] and theirs[1:] == ours[1:] and _is_in_last_module_of_head(model, key):
-            raise UserError(
-                f"{source} has {theirs[0]} classes, the model {ours[0]}. Load the base model with num_labels={theirs[0]}"
-            )
         if theirs != ours:
-            raise UserError(
-                f"{source}: the shape of {key} is {theirs}, in the model {ours}. Load the base model of the adapter"
-            )
+            remedy = "Load the base model of the adapter, with its number of classes"
+            raise UserError(f"{source}: the shape of {key} is {theirs}, in the model {ours}. {remedy}")
     return tensors
-
-
-def _is_in_last_module_of_head(model: nn.Module, key: str) -> bool:
-    """Whether the first dimension of a tensor is the number of classes."""
-    head = [name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
-    return bool(head) and key.startswith(f"{PREFIX}{head[-1]}.")
 
 
 def _check_finite(tensors: dict[str, Tensor], where: str) -> None:

@@ -84,8 +84,7 @@ def load_pretrained(
         classifier.pre_classifier.apply(init_weights)
         classifier.classifier.apply(init_weights)
     if missing:
-        names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        raise UserError(f"{weights_file} lacks {names}: it does not belong to its config.json")
+        raise UserError(f"{weights_file} lacks {', '.join(missing[:3])}: it does not belong to its config.json")
     for key, tensor in weights.items():
         if key not in expected:
             raise UserError(f"{weights_file} contains {key}, which DistilBERT does not have: it is another kind of model")

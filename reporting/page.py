@@ -19,7 +19,7 @@ body { margin: 0 auto; padding: 1.5rem 1rem 3rem; max-width: 72rem; background: 
 h1 { margin: 0; font-size: 1.6rem; line-height: 1.25; } h2 { margin: 2.5rem 0 .75rem; font-size: 1.25rem; }
 h3 { margin: 0 0 .75rem; font-size: 1rem; } p { margin: .5rem 0 1rem; max-width: 44rem; }
 small, figcaption, dt { color: var(--soft); }
-.tiles, .grid, .stack { display: grid; gap: 1rem; } .stack { grid-template-rows: 1fr auto; min-width: 0; }
+.tiles, .grid { display: grid; gap: 1rem; }
 .tiles { grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); margin-top: 1.25rem; }
 .grid { grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
 .tiles > div, figure, dl, .card, .texts { margin: 0; padding: 1rem 1.1rem; min-width: 0; background: var(--card);
@@ -41,12 +41,6 @@ tr > :first-child { text-align: left; color: var(--soft); }
 .right { --hue: var(--c1); } .wrong { --hue: var(--c2); }
 .phi { display: grid; grid-template-columns: repeat(var(--columns), 1fr); gap: 1px; max-width: 4rem; margin-left: auto; }
 .phi i { aspect-ratio: 1; background: color-mix(in srgb, var(--c1) var(--strength), var(--page)); }
-.bars { list-style: none; margin: auto 0; padding: 0; font-size: .875rem; }
-.bars li { display: grid; gap: .75rem; padding: .25rem 0; align-items: center;
-  grid-template-columns: minmax(4rem, 26%) 1fr minmax(3rem, auto); }
-.bar { position: relative; height: .8rem; background: var(--line); border-radius: .2rem; }
-.bar b { position: absolute; inset: 0 auto 0 0; background: var(--c1); border-radius: .2rem; }
-.bar i { position: absolute; top: -.2rem; bottom: -.2rem; border-left: 2px solid var(--ink); }
 .texts { padding-left: 2.6rem; } .texts li { padding: .5rem 0; } .texts li::marker { color: var(--soft); }
 .texts p { margin: 0; }
 """
@@ -98,28 +92,19 @@ def as_text(value: Any) -> str:
     return {"True": "yes", "False": "no", "None": "none"}.get(str(value), str(value))
 
 
-def confusion(matrix: list[list[int]], names: list[str]) -> str:
+def confusion(matrix: list[list[int]], per_class_f1: dict[str, float | None]) -> str:
     rows = []
-    for i, (name, row) in enumerate(zip(names, matrix, strict=True)):
+    for i, ((name, f1), row) in enumerate(zip(per_class_f1.items(), matrix, strict=True)):
         # The square root, and at least 0.2, keep the few mistakes of a good model visible.
         strengths = [0.2 + 0.8 * (count / sum(row)) ** 0.5 if count else 0 for count in row]
         cells = "".join(
             f'<td class="{"right" if i == j else "wrong"}" style="--strength: {strength:.0%}">{count:,}</td>'
             for j, (count, strength) in enumerate(zip(row, strengths, strict=True))
         )
-        rows.append(f"<tr><th scope=row>{escape(name)}</th>{cells}</tr>")
-    heads = "".join(f"<th scope=col>{escape(name)}</th>" for name in names)
+        score = "does not occur" if f1 is None else f"{f1:.3f}"
+        rows.append(f"<tr><th scope=row>{escape(name)}</th>{cells}<td>{score}</td></tr>")
+    heads = "".join(f"<th scope=col>{escape(name)}</th>" for name in [*per_class_f1, "F1"])
     return f'<div class="wide"><table>\n<tr><td>true / predicted</td>{heads}</tr>\n{"".join(rows)}\n</table></div>'
-
-
-def bars(before: dict[str, float | None], after: dict[str, float | None]) -> str:
-    rows = []
-    for name, f1 in after.items():
-        tick = "" if before[name] is None else f'<i style="left: {before[name]:.1%}"></i>'
-        bar = "" if f1 is None else f'<b style="width: {f1:.1%}"></b>'
-        number = "does not occur" if f1 is None else f"{f1:.3f}"
-        rows.append(f'<li><span>{escape(name)}</span><div class="bar">{bar}{tick}</div><span>{number}</span></li>')
-    return f'<ul class="bars">{"".join(rows)}</ul>'
 
 
 def similarities(phi: dict[str, dict[int, list[list[float]]]]) -> str:

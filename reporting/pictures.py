@@ -56,7 +56,7 @@ def svg(figure: Figure, title: str) -> str:
 
 
 @matplotlib.rc_context(STYLE)
-def curves(metrics: list[dict[str, float]], steps_per_epoch: float) -> str:
+def curves(metrics: list[dict[str, float]]) -> str:
     """The loss and the learning rate over the steps, one below the other."""
     figure = Figure((WIDTH, 4.1), layout="constrained")
     axes = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
@@ -67,12 +67,9 @@ def curves(metrics: list[dict[str, float]], steps_per_epoch: float) -> str:
         ax.set_ylim(0, 1.08 * max(values))
         ax.set_ylabel(key.replace("_", " "))
         ax.yaxis.set_major_formatter("{x:g}")
-        if steps[-1] < 40 * steps_per_epoch:
-            for epoch in range(1, math.ceil(steps[-1] / steps_per_epoch) + 1):
-                ax.axvline(epoch * steps_per_epoch, color=SOFT, linewidth=0.8, linestyle=":")
     axes[1].set_xlim(left=0)
     axes[1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes[1].set_xlabel("step (dotted: end of an epoch)")
+    axes[1].set_xlabel("step")
     figure.align_ylabels()
     return svg(figure, "Loss and learning rate")
 

@@ -61,28 +61,22 @@ def listed(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def outcome(folder: Path, results: dict[str, Any]) -> str:
-    before, after, metrics = results["before"], results["after"], read_metrics(folder / "metrics.jsonl")
+    metrics = read_metrics(folder / "metrics.jsonl")
     loss = page.left_out("The curves of loss and learning rate", "metrics.jsonl is missing or damaged")
     if metrics:
         loss = page.figure(
             "Loss and learning rate",
-            pictures.curves(metrics, results["train"]["steps"] / results["options"]["epochs"]),
+            pictures.curves(metrics),
             "Each point is the mean loss since the previous point: follow the trend and ignore small ups and downs. Train for "
             "more epochs if the loss still falls at the end, and lower the learning rate if the loss rises where that is high.",
         )
     matrix = page.figure(
         "Confusion matrix of the test texts",
-        page.confusion(after["confusion_matrix"], list(after["per_class_f1"])),
+        page.confusion(results["after"]["confusion_matrix"], results["after"]["per_class_f1"]),
         "Each row counts the texts of one class by the label they got, so the diagonal counts the correct labels. The "
         "strongest colour off the diagonal shows which class is most often mistaken for another.",
     )
-    per_class = page.figure(
-        "F1 of each class",
-        page.bars(before["per_class_f1"], after["per_class_f1"]),
-        "A bar is the F1 of a class after training, from 0 to 1, and the tick is its F1 before, with a random head. The class "
-        "with the shortest bar has the most to gain; its row and column in the matrix show where it loses.",
-    )
-    return page.section("Results", f'<div class="grid">{loss}<div class="stack">{matrix}{per_class}</div></div>')
+    return page.section("Results", f'<div class="grid">{loss}{matrix}</div>')
 
 
 def mistakes(folder: Path, results: dict[str, Any]) -> str:
@@ -91,13 +85,10 @@ def mistakes(folder: Path, results: dict[str, Any]) -> str:
         wrong = find_mistakes(folder, results)
     except UserError as error:
         return page.section(title, page.left_out("The texts that are labelled wrong", error))
-    matrix = results["after"]["confusion_matrix"]
-    wrong_in_run = sum(map(sum, matrix)) - sum(row[i] for i, row in enumerate(matrix))
-    note = "" if wrong_in_run == len(wrong) else f" ({wrong_in_run:,} in the run, which rounded differently)"
     if not wrong:
-        return page.section(title, f"<p>None: every test text is labelled correctly{note}.</p>")
+        return page.section(title, "<p>None: every test text is labelled correctly.</p>")
     shown = f"the {MISTAKES} with the highest score" if len(wrong) > MISTAKES else "all of them, the highest score first"
-    introduction = f"<p>Labelled wrong: {len(wrong):,} test texts{note}. Shown: {shown}.</p>"
+    introduction = f"<p>Labelled wrong: {len(wrong):,} test texts. Shown: {shown}.</p>"
     return page.section(title, introduction, page.answers(wrong[:MISTAKES]))
 
 

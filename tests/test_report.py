@@ -193,8 +193,7 @@ def test_the_page_shows_the_options_and_the_results(runs, content):
     cells = [int(cell) for cell in re.findall(r"<td class=[^>]*>(\d+)</td>", content)]
     assert cells == [count for row in results["after"]["confusion_matrix"] for count in row]
     for name, f1 in results["after"]["per_class_f1"].items():
-        assert f"<span>{html.escape(name)}</span>" in content
-        assert f1 is None or f"<span>{f1:.3f}</span>" in content
+        assert re.search(f"<tr><th scope=row>{re.escape(html.escape(name))}</th>.*<td>{f1:.3f}</td></tr>", content)
 
 
 def test_the_twenty_most_confident_mistakes_are_shown_in_order(runs, content):
@@ -225,7 +224,7 @@ def test_texts_are_escaped_and_cut_and_the_page_loads_nothing(content):
 
 def test_each_picture_has_two_sentences_and_ids_of_its_own(content):
     captions = re.findall(r"<figcaption>(.*?)</figcaption>", content, re.DOTALL)
-    assert len(captions) == content.count("<figure>") == 8
+    assert len(captions) == content.count("<figure>") == 7
     assert content.count("<svg") == 5
     for caption in captions:
         assert len(re.findall(r"[.!?](?=\s|$)", caption)) == 2
@@ -265,7 +264,7 @@ def test_another_run_is_compared_by_its_options_and_phi(runs, content):
     assert '--strength: 100%" title' in content  # the highest of all
     alone = report_of(runs[1])
     assert "Compared" not in alone
-    assert alone.count("<figure>") == 7
+    assert alone.count("<figure>") == 6
 
 
 def test_a_missing_part_is_left_out_with_the_reason(runs, tmp_path):
@@ -287,10 +286,10 @@ def test_a_missing_part_is_left_out_with_the_reason(runs, tmp_path):
     assert content.count("<svg") == 0
 
 
-def test_a_class_that_does_not_occur_has_no_bar():
-    bars = page.bars({"a": None, "b": 0.5}, {"a": None, "b": 0.75})
-    assert "does not occur" in bars
-    assert bars.count("<b ") == bars.count("<i ") == 1
+def test_a_class_that_does_not_occur_has_no_f1():
+    table = page.confusion([[0, 0], [1, 3]], {"a": None, "b": 0.75})
+    assert "<td>does not occur</td></tr><tr><th scope=row>b</th>" in table
+    assert "<td>0.750</td></tr>" in table
 
 
 def test_without_a_finished_run_the_error_says_what_to_do(runs, tmp_path, capsys):
@@ -418,7 +417,7 @@ def test_a_browser_shows_every_picture_in_light_and_dark(content, tmp_path, widt
     sizes = json.loads(html.unescape(title[1]))
     assert sizes["width"] == width
     assert sizes["scroll"] <= width
-    assert len(sizes["figures"]) == 8
+    assert len(sizes["figures"]) == 7
     for left, _, right, _ in sizes["figures"]:
         assert 0 <= left < right <= width
     for frame, texts in sizes["svgs"]:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from common.errors import UserError
-from common.files import append_line, new_folder, refuse_if_unwritable, refuse_to_overwrite, write_file
+from common.files import append_line, new_folder, refuse_to_overwrite, write_file
 from data import evaluation_batches
 from lora import PeftModel, count_parameters
 from model import DistilBertForSequenceClassification, load_pretrained, save_pretrained
@@ -40,7 +40,8 @@ def check_outputs(run: Path, options: Options, new: bool) -> None:
         refuse_to_overwrite(merged_dir)
         if merged_dir in [run_dir, *run_dir.parents] or merged_dir in [run_dir / name for name in FILES]:
             raise UserError(f"--merged-output {options.merged_output} would overwrite the run in {run}. Choose another folder")
-        refuse_if_unwritable(merged_dir)
+        with new_folder(merged_dir):  # if this fails, it fails now and not after hours of training
+            pass
 
 
 class Metrics:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import Stopped, UserError
-from common.files import read_metadata, read_safetensors, write_file
+from common.files import read_safetensors, write_file
 from training.options import Options, flag
 
 try:
@@ -208,7 +208,9 @@ def newest_first(run: Path) -> list[Path]:
 
 
 def _read(path: Path) -> Checkpoint:
-    tensors, metadata = read_safetensors(path), read_metadata(path)
+    tensors = read_safetensors(path)
+    with safetensors.safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
     state = metadata.get("state", "")
     if sha256(state, tensors) != metadata.get("sha256"):
         raise UserError(f"{path} is damaged (its sha256 differs)")

@@ -39,14 +39,6 @@ base = AutoModelForSequenceClassification.from_pretrained("{base}", id2label=nam
 model = PeftModel.from_pretrained(base, "THIS_FOLDER").merge_and_unload()
 print(pipeline("text-classification", model, tokenizer=AutoTokenizer.from_pretrained("{base}"))("a text"))
 ```
-
-With transformers (it needs peft installed):
-
-```python
-base = AutoModelForSequenceClassification.from_pretrained("{base}", id2label=names)
-base.load_adapter("THIS_FOLDER")
-print(pipeline("text-classification", base, tokenizer=AutoTokenizer.from_pretrained("{base}"))("a text"))
-```
 """
 
 
@@ -74,10 +66,6 @@ def model_card(results: dict[str, Any]) -> str:
         model_name=title,
         eval_results=evaluated,
     )
-    per_class = "\n".join(
-        f"| {i} | {' '.join(name.split()).replace('|', '/')} | {'-' if f1 is None else f'{f1:.4f}'} |"
-        for i, (name, f1) in enumerate(after["per_class_f1"].items())
-    )
     adapters = f"r = {options['r']}, alpha = {options['lora_alpha']:g} on {', '.join(options['target_modules'])}; "
     return f"""---
 {header.to_yaml().strip()}
@@ -90,11 +78,7 @@ def model_card(results: dict[str, Any]) -> str:
 | macro-F1 | {before["macro_f1"]:.4f} | **{after["macro_f1"]:.4f}** |
 | accuracy | {before["accuracy"]:.4f} | {after["accuracy"]:.4f} |
 
-Measured on {sum(map(sum, after["confusion_matrix"])):,} test texts. By class:
-
-| label | name | F1 |
-|---|---|---|
-{per_class}
+Measured on {sum(map(sum, after["confusion_matrix"])):,} test texts.
 
 Trained with plain-lora: {adapters if method == "lora" else ""}\
 {parameters["trainable"]:,} of {parameters["all"]:,} parameters, {train["examples"]:,} examples in {train["steps"]:,} steps of \

@@ -95,7 +95,10 @@ def test_another_rank_than_configured(folder):
 
 def test_another_number_of_classes(folder):
     change_tensors(folder, lambda t: t.update({key: t[key][:2].clone() for key in t if ".classifier." in key}))
-    assert "has 2 classes, the model 4. Load the base model with num_labels=2" in refusal(folder)
+    assert (
+        "classifier.bias is (2,), in the model (4,). Load the base model of the adapter, with its number of classes"
+        in refusal(folder)
+    )
 
 
 def test_another_base_model(folder):
@@ -164,7 +167,7 @@ def test_a_damaged_configuration(folder, text):
 def test_a_pickle_is_not_opened(folder):
     (folder / "adapter_model.safetensors").unlink()
     torch.save({}, folder / "adapter_model.bin")
-    assert "adapter_model.bin is a pickle, which is never read" in refusal(folder)
+    assert "adapter_model.safetensors is missing. Weights are read from safetensors files only" in refusal(folder)
     (folder / "adapter_model.bin").rename(folder / "adapter_model.safetensors")
     assert "is not a whole safetensors file" in refusal(folder)
 

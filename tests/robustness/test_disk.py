@@ -12,7 +12,7 @@ import pytest
 from test_checkpoint import STEPS, assert_same_result, start, uninterrupted, wait_for_step, words  # noqa: F401
 
 from common.errors import UserError
-from common.files import new_folder, refuse_if_unwritable
+from common.files import new_folder
 from train import main
 from training.checkpoint import newest_first, read_newest
 
@@ -121,17 +121,19 @@ def test_a_run_whose_folder_is_moved_stops_and_resumes_there(words, uninterrupte
     assert_same_result(moved, uninterrupted)
 
 
-def test_trying_to_write_leaves_no_trace(tmp_path):
+def test_a_folder_that_cannot_be_written_leaves_no_trace(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
     before = sorted(tmp_path.rglob("*"))
-    for name in ("new", "two/folders/below", "empty", "n" * 255):
-        refuse_if_unwritable(tmp_path / name)
+    for name in ("file/below", "empty/" + "x" * 256, "a\0b"):
+        with pytest.raises(UserError, match="cannot be written"), new_folder(tmp_path / name):
+            pass
         assert sorted(tmp_path.rglob("*")) == before
-    for name in ("file/below", "new/" + "x" * 256, "a\0b"):
-        with pytest.raises(UserError, match="cannot be written"):
-            refuse_if_unwritable(tmp_path / name)
-        assert sorted(tmp_path.rglob("*")) == before
+    for name in ("new", "two/folders/below", "empty"):
+        with new_folder(tmp_path / name) as folder:
+            (folder / "a").write_text("")
+        assert (tmp_path / name / "a").exists()
+        assert not list(tmp_path.rglob(".*"))
     with new_folder(tmp_path / ("n" * 255)) as folder:  # a name may be as long as that
         (folder / "a").write_text("")
     assert (tmp_path / ("n" * 255) / "a").exists()
