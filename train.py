@@ -32,7 +32,7 @@ from data import micro_batches, training_batches
 from lora import get_peft_model, print_trainable_parameters
 from training.artifacts import Metrics, check_outputs, save_run, summary
 from training.checkpoint import Checkpoint, Checkpoints, Signals, fingerprint, read_newest, trained_parameters
-from training.device import cast_frozen_matrices, choose_device, choose_dtype, peak_memory_mb
+from training.device import DTYPES, cast_frozen_matrices, choose_device, choose_dtype, peak_memory_mb
 from training.distributed import Distributed
 from training.evaluation import Examples, ModelRunner, evaluate, f1_per_class, macro_f1, progress_bar, scores
 from training.loading import load_inputs
@@ -47,11 +47,13 @@ def run(options: Options, checkpoint: Checkpoint | None = None) -> dict[str, Any
     """The experiment, from its beginning or from a checkpoint. Returns the content of results.json."""
     processes = Distributed()
     device = choose_device(options.device)
-    dtype = choose_dtype(options.dtype, device)
     folder = checkpoint.run if checkpoint else Path(options.output_dir or f"runs/{datetime.now():%Y-%m-%d-%H%M%S}")
     if processes.is_main:
         check_outputs(folder, options, new=checkpoint is None)
     processes.join(device)
+    # a resumed run keeps its arithmetic, and all processes use that of the first
+    dtype, reason = (checkpoint.dtype, "as before") if checkpoint else choose_dtype(options.dtype, device)
+    dtype = DTYPES[processes.from_main(DTYPES.index(dtype))]
 
     # Data and model.
     inputs = load_inputs(options, checkpoint)
@@ -65,6 +67,7 @@ def run(options: Options, checkpoint: Checkpoint | None = None) -> dict[str, Any
     # (--method head trains only the head; --method full leaves the model as it is and trains all of it.)
     if inputs.lora_config is not None:
         model = get_peft_model(model, inputs.lora_config)
+    print(f"arithmetic in {str(dtype).removeprefix('torch.')} ({reason})")
     print_trainable_parameters(model)
     cast_frozen_matrices(model.to(device), dtype)
     runner = ModelRunner(model, device, dtype)

@@ -50,7 +50,7 @@ class Side:
         from data import load_dataset
         from training.device import choose_dtype
 
-        self.max_length, self.dtype = max_length, choose_dtype("auto", torch.device("cpu"))
+        self.max_length, self.dtype = max_length, choose_dtype("auto", torch.device("cpu"))[0]
         data = load_dataset(dataset)
         self.train, self.num_labels = data.train, len(data.label_names)
         torch.manual_seed(0)

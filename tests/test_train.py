@@ -18,7 +18,7 @@ from lora import PeftModel
 from model import load_pretrained, save_pretrained
 from model.pretrained import EMBEDDED_SHA256
 from train import main
-from training.device import cast_frozen_matrices, choose_dtype, peak_memory_mb
+from training.device import DTYPES, cast_frozen_matrices, choose_dtype, peak_memory_mb, time_products
 from training.evaluation import confusion_matrix, macro_f1
 from training.optimizer import lr_multiplier
 from training.options import Options, parse
@@ -95,12 +95,30 @@ def test_a_target_with_special_characters_is_a_regular_expression():
     assert Options(target_modules=("q_lin",)).lora_config("base", None).target_modules == ["q_lin"]
 
 
-def test_auto_chooses_bfloat16_if_the_processor_has_it(monkeypatch):
-    cpu = torch.device("cpu")
-    for there, expected in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda there=there: there)
-        assert choose_dtype("auto", cpu) == expected
-    assert choose_dtype("bfloat16", cpu) == torch.bfloat16
+def test_auto_takes_the_faster_arithmetic(monkeypatch):
+    """Having bfloat16 instructions does not make them fast."""
+    cpu, timings = torch.device("cpu"), {torch.bfloat16: 0.030, torch.float32: 0.020}
+    monkeypatch.setattr("training.device.time_products", lambda dtypes: timings)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert choose_dtype("auto", cpu) == (torch.float32, "measured on this processor: bfloat16 30.0 ms, float32 20.0 ms")
+    timings[torch.float32] = 0.040
+    assert choose_dtype("auto", cpu)[0] == torch.bfloat16
+    timings[torch.float32] = 0.029  # a near tie: bfloat16 needs less memory
+    assert choose_dtype("auto", cpu)[0] == torch.bfloat16
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert choose_dtype("auto", cpu) == (torch.float32, "this cpu does not multiply bfloat16 natively")
+
+
+def test_a_typed_arithmetic_is_used_without_measuring(monkeypatch):
+    monkeypatch.delattr("training.device.time_products")
+    for name in ("float32", "bfloat16"):
+        assert choose_dtype(name, torch.device("cpu")) == (getattr(torch, name), "as typed")
+
+
+def test_the_products_of_each_type_are_timed():
+    seconds = time_products(DTYPES, repeats=2)
+    assert seconds.keys() == {torch.bfloat16, torch.float32}
+    assert all(0 < value < 60 for value in seconds.values())
 
 
 def test_results_record_what_was_used(whole_run):

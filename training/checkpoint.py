@@ -62,6 +62,10 @@ class Checkpoint:
     def run(self) -> Path:
         return self.path.parent.parent
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return getattr(torch, self.fingerprint["--dtype"].removeprefix("torch."))
+
     def resume_options(self, typed: dict[str, Any]) -> Options:
         """The run's options. Raises UserError if a typed option contradicts them."""
         for name, value in typed.items():

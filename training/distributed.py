@@ -73,6 +73,14 @@ class Distributed:
                 if not equal:
                     raise UserError(f"{key} differs between processes 0 and {rank}. Start all of them with the same command")
 
+    def from_main(self, number: int) -> int:
+        """The main process's number, in all processes."""
+        tensor = torch.tensor(number if self.is_main else 0, device=self.device)
+        if self.world_size > 1:
+            with explain_lost_process():
+                dist.broadcast(tensor, src=0)
+        return int(tensor)
+
     def shard(self, items: Any) -> Any:
         """This process's part of a list or array: every world_size-th item, which spreads long texts evenly."""
         return items[self.rank :: self.world_size]

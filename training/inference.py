@@ -89,6 +89,6 @@ def make_runner(model: DistilBertForSequenceClassification, device_name: str, ma
     if not 3 <= max_length <= (longest := model.config.max_position_embeddings):
         raise UserError(f"--max-length is {max_length}. For this model it must be between 3 and {longest}")
     device = choose_device(device_name)
-    dtype = choose_dtype("auto", device)
+    dtype, _ = choose_dtype("auto", device)
     cast_frozen_matrices(model.requires_grad_(False).to(device), dtype)
     return ModelRunner(model, device, dtype)

@@ -77,7 +77,7 @@ class Options:
     quiet: bool = option(False, "skip the LoRA sanity checks")
     dtype: str = option(
         "auto",
-        "type of the frozen weights and of the arithmetic: auto (bfloat16 if the processor has it), float32, bfloat16",
+        "type of the frozen weights and of the arithmetic: auto (the faster one on this machine), float32, bfloat16",
         choices=("auto", "float32", "bfloat16"),
     )
     device: str = option("auto", "auto (the best available), cpu, cuda, mps", choices=("auto", "cpu", "cuda", "mps"))

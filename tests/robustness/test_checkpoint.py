@@ -19,6 +19,7 @@ import torch
 from helpers import adamw_after_a_step
 from safetensors.torch import load_file
 
+import train
 from common.errors import UserError
 from common.files import append_line
 from train import main
@@ -254,6 +255,30 @@ def test_other_data_model_or_number_of_processes_is_refused(stopped, tmp_path):
     for what in ("the model", "the data", "--dtype"):
         with pytest.raises(UserError, match=f"{what} has changed since the run"):
             newest.refuse_changes(1, newest.fingerprint | {what: "another"})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_resumed_run_keeps_its_arithmetic(dtype, words, tmp_path, monkeypatch, capsys):
+    """Though the measurement would now choose the other one."""
+    run = tmp_path / "run"
+    save = Checkpoints.save
+
+    def save_and_stop(self, step, *state):
+        save(self, step, *state)
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Checkpoints, "save", save_and_stop)
+    monkeypatch.setattr(train, "choose_dtype", lambda name, device: (dtype, "chosen by the test"))
+    assert main([*words, "--output-dir", str(run)]) == 143
+    monkeypatch.undo()
+    other = torch.float32 if dtype == torch.bfloat16 else torch.bfloat16
+    monkeypatch.setattr(train, "choose_dtype", lambda name, device: (other, "chosen by the test"))
+    capsys.readouterr()
+    assert main(["--resume", str(run)]) == 0
+    name = str(dtype).removeprefix("torch.")
+    assert f"arithmetic in {name} (as before)" in capsys.readouterr().out
+    assert json.loads((run / "results.json").read_text())["dtype"] == name
 
 
 def test_an_ended_run_is_not_resumed(uninterrupted, capsys):
