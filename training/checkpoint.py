@@ -274,5 +274,5 @@ class Signals:
             self.stop(self.received)
 
     def stop(self, number: int) -> None:
-        resume = f". To continue: --resume {self.run}" if newest_first(self.run) else ""
+        resume = f". To continue: python train.py --resume {self.run}" if newest_first(self.run) else ""
         raise Stopped(f"stopped by {signal.Signals(number).name}{resume}", number)

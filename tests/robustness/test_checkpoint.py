@@ -173,7 +173,7 @@ def test_a_signal_finishes_the_step_and_says_how_to_resume(number, status, words
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == status
-    assert f"stopped by {number.name}. To continue: --resume {run}" in errors
+    assert f"stopped by {number.name}. To continue: python train.py --resume {run}" in errors
     assert "Traceback" not in errors
     assert read_newest(run).step >= 10  # and not only the one of the start
     assert main(["--resume", str(run)]) == 0
