@@ -17,7 +17,6 @@ import pytest
 
 import predict
 from lora import LoRALinear
-from model import load_pretrained
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -217,7 +216,6 @@ def test_the_quoted_forward_is_that_of_the_layer():
 
 def test_the_other_code_runs_from_its_first_line_to_its_last(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    base, _ = load_pretrained("minilm", 4)
     blocks = [block for text in TEXTS.values() for block in python_blocks(text)]
     assert len(blocks) == 3
     for block in blocks[1:]:
