@@ -36,6 +36,7 @@ except ImportError:  # Windows
 
 FOLDER = "checkpoints"
 KEEP = 2
+ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")  # of torch.optim.AdamW, for each parameter
 INTERVAL = 30.0  # seconds between two checkpoints without --checkpoint-every ...
 SHARE = 0.01  # ... or longer, so that they take at most this share of the run time
 # options that do not affect the result, so that they may differ after a resume
@@ -90,10 +91,13 @@ class Checkpoint:
         own = {key: tensor for key, tensor in self.tensors.items() if "/" not in key}
         if {name: p.shape for name, p in parameters.items()} != {name: tensor.shape for name, tensor in own.items()}:
             raise UserError(f"{self.path} holds other parameters than this run trains. Start a new run")
+        state = self.tensors.keys() - own.keys()
+        if {key.rpartition("/")[2] for key in state} - set(ADAMW_STATE):
+            raise UserError(f"{self.path} comes from another version of this program. Start a new run")
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(own[name])
-        for key in self.tensors.keys() - own.keys():
+        for key in state:
             name, _, kind = key.rpartition("/")
             optimizer.state[parameters[name]][kind] = self.tensors[key].to(parameters[name].device, copy=True)
 

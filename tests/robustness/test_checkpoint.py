@@ -436,6 +436,15 @@ def test_a_checkpoint_of_another_version_is_skipped(changed, killed, tmp_path, c
     assert "comes from another version of this program" in capsys.readouterr().out
 
 
+def test_the_state_of_another_optimizer_is_refused(killed):
+    """Not a KeyError in the first step."""
+    checkpoint = read_newest(killed)
+    layer = torch.nn.Linear(2, 2)
+    tensors = {"weight": layer.weight, "bias": layer.bias, "weight/mean": layer.weight}
+    with pytest.raises(UserError, match="comes from another version of this program"):
+        dataclasses.replace(checkpoint, tensors=tensors).restore(layer, torch.optim.AdamW(layer.parameters()))
+
+
 def test_files_are_flushed_before_they_replace_others(tmp_path, monkeypatch):
     happened = []
     layer = torch.nn.Linear(2, 2)
