@@ -35,6 +35,7 @@ from training.checkpoint import Checkpoint, Checkpoints, Signals, fingerprint, r
 from training.device import DTYPES, cast_frozen_matrices, choose_device, choose_dtype, peak_memory_mb
 from training.distributed import Distributed
 from training.evaluation import Examples, ModelRunner, evaluate, f1_per_class, macro_f1, progress_bar, scores
+from training.fast_cpu import limit_caches
 from training.loading import load_inputs
 from training.optimizer import lr_multiplier, parameter_groups
 from training.options import Options, parse
@@ -45,6 +46,7 @@ LOG_EVERY = 10  # steps
 
 def run(options: Options, checkpoint: Checkpoint | None = None) -> dict[str, Any]:
     """The experiment, from its beginning or from a checkpoint. Returns the content of results.json."""
+    limit_caches()
     processes = Distributed()
     device = choose_device(options.device)
     folder = checkpoint.run if checkpoint else Path(options.output_dir or f"runs/{datetime.now():%Y-%m-%d-%H%M%S}")
@@ -90,6 +92,9 @@ def run(options: Options, checkpoint: Checkpoint | None = None) -> dict[str, Any
         measured = train(runner, inputs.train, options, processes, checkpoints, signals)
         after = evaluate(runner, inputs.test, num_labels, processes, "after")
         print(f"macro-F1 after training:  {macro_f1(after):.4f}")
+        if dtype == torch.int8:
+            exact = evaluate(ModelRunner(model, device, torch.float32), inputs.test, num_labels, processes, "over float32")
+            print(f"  over the float32 weights: {macro_f1(exact):.4f}")
         for name, f1 in zip(inputs.label_names, f1_per_class(after), strict=True):
             print(f"  F1 of {name:<20} {f1:.4f}")
         if frozen_hash:

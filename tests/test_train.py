@@ -1,6 +1,7 @@
 """The experiment as a user runs it, on the embedded encoder and corpus; and its metric, schedule and options."""
 
 import json
+import platform
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer
 
+from common.errors import UserError
 from lora import PeftModel
 from model import load_pretrained, save_pretrained
 from model.pretrained import EMBEDDED_SHA256
@@ -111,13 +113,39 @@ def test_auto_takes_the_faster_arithmetic(monkeypatch):
 
 def test_a_typed_arithmetic_is_used_without_measuring(monkeypatch):
     monkeypatch.delattr("training.device.time_products")
-    for name in ("float32", "bfloat16"):
+    monkeypatch.setattr("platform.machine", lambda: "AMD64")
+    for name in ("float32", "bfloat16", "int8"):
         assert choose_dtype(name, torch.device("cpu")) == (getattr(torch, name), "as typed")
 
 
+def test_int8_is_refused_where_it_cannot_run(monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: "arm64")
+    with pytest.raises(UserError, match="--dtype int8 runs on x86 processors, and this is cpu on arm64"):
+        choose_dtype("int8", torch.device("cpu"))
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    with pytest.raises(UserError, match="this is cuda on x86_64"):
+        choose_dtype("int8", torch.device("cuda"))
+
+
+def test_auto_takes_int8_only_where_it_is_a_candidate(monkeypatch):
+    cpu, asked = torch.device("cpu"), []
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+
+    def timings(dtypes):
+        asked.append(dtypes)
+        return {dtype: {torch.bfloat16: 0.03, torch.float32: 0.02, torch.int8: 0.01}[dtype] for dtype in dtypes}
+
+    monkeypatch.setattr("training.device.time_products", timings)
+    assert choose_dtype("auto", cpu)[0] == torch.float32
+    assert choose_dtype("auto", cpu, DTYPES)[0] == torch.int8
+    assert asked == [(torch.bfloat16, torch.float32), (torch.bfloat16, torch.float32, torch.int8)]
+
+
 def test_the_products_of_each_type_are_timed():
-    seconds = time_products(DTYPES, repeats=2)
-    assert seconds.keys() == {torch.bfloat16, torch.float32}
+    types = [torch.float32, torch.int8] if platform.machine() in ("x86_64", "AMD64") else [torch.float32]
+    seconds = time_products(tuple(types), repeats=2)
+    assert list(seconds) == types
     assert all(0 < value < 60 for value in seconds.values())
 
 

@@ -2,16 +2,20 @@
 
 import functools
 import os
+import platform
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from common.errors import UserError
+from training.fast_cpu import Int8Weight
 
-DTYPES = torch.bfloat16, torch.float32  # the one that needs less memory comes first
+FLOATS = torch.bfloat16, torch.float32  # the one that needs less memory comes first
+DTYPES = *FLOATS, torch.int8
 
 
 def choose_device(name: str) -> torch.device:
@@ -33,28 +37,40 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """float32 or bfloat16, and the reason in a few words. "auto" is the faster of the two.
+def choose_dtype(name: str, device: torch.device, candidates: tuple[torch.dtype, ...] = FLOATS) -> tuple[torch.dtype, str]:
+    """The arithmetic with that name, and the reason in a few words. "auto" is the fastest of the candidates.
 
     On a GPU that is bfloat16, if the GPU multiplies it natively. A CPU can have bfloat16 instructions and be slower with them
-    (seen on an Intel Xeon without AMX), so there the products are timed.
+    (seen on an Intel Xeon without AMX), so there the products are timed. Raises UserError if int8 is typed and not possible.
     """
+    can_int8 = device.type == "cpu" and platform.machine() in ("x86_64", "AMD64")
+    if name == "int8" and not can_int8:
+        raise UserError(f"--dtype int8 runs on x86 processors, and this is {device.type} on {platform.machine()}. Use auto")
     if name != "auto":
         return getattr(torch, name), "as typed"
-    if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
-        return faster(time_products(DTYPES))
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16, "this GPU multiplies it natively"
-    return torch.float32, f"this {device.type} does not multiply bfloat16 natively"
+    possible = {
+        torch.float32: True,
+        torch.bfloat16: device.type == "cpu" and torch.cpu._is_avx512_bf16_supported(),
+        torch.int8: can_int8,
+    }
+    timed = tuple(dtype for dtype in candidates if possible[dtype])
+    if timed == (torch.float32,):
+        return torch.float32, f"this {device.type} does not multiply bfloat16 natively"
+    return faster(time_products(timed))
 
 
 def faster(seconds: dict[torch.dtype, float]) -> tuple[torch.dtype, str]:
     """The type with the fewest seconds, and the reason. Within 5 % the first one wins."""
-    names = {dtype: str(dtype).removeprefix("torch.") for dtype in seconds}
-    listed = ", ".join(f"{names[dtype]} {1000 * taken:.1f} ms" for dtype, taken in seconds.items())
+    listed = ", ".join(f"{dtype_name(dtype)} {1000 * taken:.1f} ms" for dtype, taken in seconds.items())
     least = min(seconds.values())
     best = next(dtype for dtype, taken in seconds.items() if taken <= 1.05 * least)
     return best, f"measured on this processor: {listed}"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @functools.cache  # a process measures once
@@ -63,15 +79,23 @@ def time_products(dtypes: tuple[torch.dtype, ...], repeats: int = 5) -> dict[tor
 
     The types take turns and the fastest repeat counts, so that another program on the machine changes little.
     """
+    layers = {dtype: feed_forward_products(dtype) for dtype in dtypes}
     seconds = dict.fromkeys(dtypes, float("inf"))
     for _ in range(repeats):
-        for dtype in dtypes:
-            x, gradient, weight = (torch.ones(shape, dtype=dtype) for shape in [(512, 768), (512, 3072), (3072, 768)])
+        for dtype, products in layers.items():
             start = time.perf_counter()
-            F.linear(x, weight)
-            gradient @ weight
+            products()
             seconds[dtype] = min(seconds[dtype], time.perf_counter() - start)
     return seconds
+
+
+def feed_forward_products(dtype: torch.dtype) -> Callable[[], object]:
+    type_of_x = torch.float32 if dtype == torch.int8 else dtype
+    x, gradient, weight = (torch.ones(shape, dtype=type_of_x) for shape in [(512, 768), (512, 3072), (3072, 768)])
+    if dtype == torch.int8:
+        packed = Int8Weight(weight)
+        return lambda: (packed.product(x), packed.transposed.product(gradient))
+    return lambda: (F.linear(x, weight), gradient @ weight)
 
 
 def cast_frozen_matrices(model: nn.Module, dtype: torch.dtype) -> None:
@@ -80,7 +104,7 @@ def cast_frozen_matrices(model: nn.Module, dtype: torch.dtype) -> None:
     In bfloat16 all frozen tensors are copied, so that the memory-mapped checkpoint can be freed.
     """
     for parameter in model.parameters():
-        if not parameter.requires_grad and dtype != torch.float32:
+        if not parameter.requires_grad and dtype == torch.bfloat16:
             parameter.data = parameter.data.to(dtype) if parameter.dim() > 1 else parameter.data.clone()
 
 

@@ -38,13 +38,13 @@ class ModelRunner:
 
     def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype):
         self.model, self.device, self.dtype = model, device, dtype
-        self.fast = fast_if_cpu(model, device)
+        self.fast = fast_if_cpu(model, device, dtype)
         self.tokens = TOKENS if device.type == "cpu" else TOKENS_ON_GPU
 
     def __call__(self, texts: TokenizedTexts, micro_batch: np.ndarray) -> Tensor:
         """Logits (B, C) in float32 for B example indices and C classes."""
         input_ids, mask = pad(texts, micro_batch)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32), self.fast:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16), self.fast:
             return self.model(self.to_device(input_ids), self.to_device(mask)).float()
 
     def to_device(self, tensor: Tensor) -> Tensor:
