@@ -24,7 +24,7 @@ from model import DistilBertConfig, DistilBertForSequenceClassification
 from training.device import cast_frozen_matrices, dtype_name
 from training.fast_cpu import Fast, can_pack, limit_caches
 
-PARTS = {"packed weights": F.linear, "dropout": F.dropout, "attention": F.scaled_dot_product_attention}
+PARTS: dict[str, Any] = {"packed weights": F.linear, "dropout": F.dropout, "attention": F.scaled_dot_product_attention}
 
 
 def variants(dtype: torch.dtype, size: dict[str, int]) -> dict[str, tuple[nn.Module, Fast]]:

@@ -37,7 +37,11 @@ class Fast(TorchFunctionMode):
                 self.packed[weight.data_ptr()] = BFloat16Weight(weight)
             elif dtype == torch.int8 and min(weight.shape) >= SMALLEST:
                 self.packed[weight.data_ptr()] = Int8Weight(weight)
-        self.functions: dict[Callable, Callable] = {F.linear: self.linear, F.dropout: dropout, F.scaled_dot_product_attention: attention}
+        self.functions: dict[Callable, Callable] = {
+            F.linear: self.linear,
+            F.dropout: dropout,
+            F.scaled_dot_product_attention: attention,
+        }
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         return self.functions.get(func, func)(*args, **(kwargs or {}))
