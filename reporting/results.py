@@ -55,7 +55,7 @@ def find_mistakes(folder: Path, results: dict[str, Any]) -> list[dict[str, Any]]
     with progress_bar(len(test), "label", leave=False) as bar:
         for answer, label in zip(classifier.label(test.texts), test.labels, strict=True):
             truth = classifier.label_names[label]
-            if answer["label"] != truth:
+            if answer["label"] not in ("", truth):  # "": the tokenizer finds nothing in the text
                 mistakes.append(answer | {"truth": truth})
             bar.update()
     return sorted(mistakes, key=lambda answer: -answer["score"])

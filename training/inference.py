@@ -1,8 +1,11 @@
 """A trained classifier: from a run folder or an adapter folder to labels for new texts."""
 
+import contextlib
 import itertools
 import os
+import queue
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +35,7 @@ from training.device import cast_frozen_matrices, choose_device, choose_dtype
 from training.evaluation import ModelRunner, compute_logits
 
 CHUNK = 1024  # texts in memory at a time
+PATIENCE = 0.05  # seconds to wait for the next text, before those that have come are labelled
 # where a tensor's name in transformers begins -> the kind of model
 KINDS = {"bert": "a BERT", "roberta": "a RoBERTa", "electra": "an ELECTRA", "albert": "an ALBERT", "deberta": "a DeBERTa"}
 
@@ -44,8 +48,11 @@ class Classifier:
     max_length: int
     multi_label: bool = False  # scores by the sigmoid, each class for itself, instead of the softmax
 
-    def label(self, texts: Iterable[str]) -> Iterator[dict[str, Any]]:
-        """{"text", "label", "score", "scores"} for each text, in order. Takes CHUNK texts at a time."""
+    def label(self, texts: Iterable[str], threshold: float = 0.0) -> Iterator[dict[str, Any]]:
+        """{"text", "label", "score", "scores"} for each text, in order. Takes CHUNK texts at a time.
+
+        A text in which the tokenizer finds nothing, and one with a score below `threshold`, has the label "" and a "reason".
+        """
         remaining = iter(texts)
         while chunk := list(itertools.islice(remaining, CHUNK)):
             tokenized = tokenize(self.tokenizer, chunk, self.max_length)
@@ -53,10 +60,49 @@ class Classifier:
             logits = np.empty((len(chunk), len(self.label_names)), dtype=np.float32)
             logits[np.concatenate(batches)] = compute_logits(self.runner, tokenized, batches)  # back in the order of the texts
             scores = probabilities(logits, self.multi_label)
-            for text, row in zip(chunk, scores.astype(float), strict=True):
+            for text, length, row in zip(chunk, tokenized.lengths, scores.astype(float), strict=True):
+                if length == 2:  # [CLS] and [SEP]
+                    yield {"text": text, "label": "", "score": None, "scores": {}, "reason": "the text is empty"}
+                    continue
                 predicted = int(row.argmax())
                 by_name = dict(zip(self.label_names, row, strict=True))
-                yield {"text": text, "label": self.label_names[predicted], "score": row[predicted], "scores": by_name}
+                answer = {"text": text, "label": self.label_names[predicted], "score": row[predicted], "scores": by_name}
+                if row[predicted] < threshold:
+                    answer |= {"label": "", "reason": f"the score is below {threshold:g}"}
+                yield answer
+
+
+def in_parts(rows: Iterator[Any], as_they_come: bool) -> Iterator[list[Any]]:
+    """The rows in lists of CHUNK. With `as_they_come` a list also ends when no further row comes within PATIENCE seconds.
+
+    For that a thread reads ahead, CHUNK rows at most. What the rows raise is raised after the rows before it.
+    """
+    if not as_they_come:
+        yield from iter(lambda: list(itertools.islice(rows, CHUNK)), [])
+        return
+    arrived: queue.Queue[Any] = queue.Queue(CHUNK)
+
+    def read() -> None:
+        try:
+            for row in rows:
+                arrived.put(row)
+            arrived.put(StopIteration())
+        except Exception as error:
+            arrived.put(error)
+
+    threading.Thread(target=read, daemon=True).start()  # a daemon may be left waiting for input
+    while True:
+        chunk = [arrived.get()]
+        with contextlib.suppress(queue.Empty):
+            while len(chunk) < CHUNK and not isinstance(chunk[-1], Exception):
+                chunk.append(arrived.get(timeout=PATIENCE))
+        end = chunk.pop() if isinstance(chunk[-1], Exception) else None
+        if chunk:
+            yield chunk
+        if isinstance(end, StopIteration):
+            return
+        if end:
+            raise end
 
 
 def probabilities(logits: np.ndarray, multi_label: bool) -> np.ndarray:
@@ -118,15 +164,21 @@ def load_base(
         reason = "the hub cannot be reached" if isinstance(error, HubUnreachable) else "the hub has no such model"
         message = f"{folder / CONFIG_FILE} names the base model {name!r}, which is not a folder here, and {reason}"
         raise type(error)(f"{message}. Pass the base model with --model") from error
-    results = folder.parent / "results.json"
-    if folder.name == "adapter" and results.is_file() and os.path.isdir(name) and name != EMBEDDED:
-        sha256 = read_json(results).get("sha256")
-        if isinstance(sha256, dict) and sha256.get("weights") not in (None, weights_sha256(name)):
-            message = f"the weights in {name} are not those that {folder.parent} was trained on: their sha256 differs"
-            if not chosen:
-                raise UserError(f"{message}. Restore them, or pass --model {name} to use them as they are")
-            print(message, file=sys.stderr)
+    if folder.name == "adapter" and (message := changed_weights(folder.parent, name)):
+        if not chosen:
+            raise UserError(f"{message}. Restore them, or pass --model {name} to use them as they are")
+        print(message, file=sys.stderr)
     return loaded
+
+
+def changed_weights(run: Path, base: str) -> str:
+    """What to report if the weights in the folder `base` are not those in the results.json of `run`; otherwise ""."""
+    if base == EMBEDDED or not os.path.isdir(base) or not (run / "results.json").is_file():
+        return ""
+    sha256 = read_json(run / "results.json").get("sha256")
+    if not isinstance(sha256, dict) or sha256.get("weights") in (None, weights_sha256(base)):
+        return ""
+    return f"the weights in {base} are not those that {run} was trained on: their sha256 differs"
 
 
 def count_classes(folder: Path, tensors: dict[str, Tensor]) -> int:
