@@ -26,6 +26,10 @@ class HubUnreachable(UserError):
     """The hub does not answer, and the cache on this machine lacks the file."""
 
 
+class NotOnHub(UserError):
+    """The repository does not contain the file."""
+
+
 @functools.cache
 def hub_is_reachable(seconds: float = 8.0) -> bool:
     """Whether the hub answers within `seconds`. Asked once per run."""
@@ -64,7 +68,7 @@ def hub_file(repo_id: str, filename: str, revision: str | None = None, repo_type
     except errors.LocalEntryNotFoundError as error:
         raise UserError(f"the hub did not deliver {filename} of {repo_id} ({_reason(error)}): try again") from error
     except errors.EntryNotFoundError:
-        raise UserError(f"the {kind} {repo_id} has no {filename} on the hub, and no other file can replace it") from None
+        raise NotOnHub(f"the {kind} {repo_id} has no {filename} on the hub, and no other file can replace it") from None
     except PermissionError as error:
         raise UserError(f"the hub's cache cannot be written: {error}; set HF_HOME to a folder that can") from error
     except Exception as error:  # the network libraries below the client raise errors of their own

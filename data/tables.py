@@ -31,6 +31,10 @@ JSON_REMEDY = "write one whole object per line, or one array of objects"
 SAMPLE_LINES = 100  # read ahead to see the delimiter, and whether there is a header
 
 
+class NoColumn(UserError):
+    """A table lacks a column that is needed."""
+
+
 class Row(NamedTuple):
     line: int  # where it begins, counted from 1
     text: str
@@ -71,10 +75,10 @@ def choose_columns(path: Path | None, line: int, columns: list[str], wanted: Wan
 
     Of two columns, one of which has a known name, the other one is the other. Raises UserError if a column is not there.
     """
-    known = {_key(name): name for name in reversed(columns)} | {name: name for name in columns}
+    known = {folded(name): name for name in reversed(columns)} | {name: name for name in columns}
 
     def find(names: Iterable[str]) -> list[str]:
-        return [known.get(name) or known.get(_key(name)) or "" for name in names]
+        return [known.get(name) or known.get(folded(name)) or "" for name in names]
 
     text = next(filter(all, map(find, [wanted.text] if wanted.text else TEXT_COLUMNS)), [])
     label = next(filter(None, find([wanted.label] if wanted.label else LABEL_COLUMNS)), None)
@@ -85,12 +89,13 @@ def choose_columns(path: Path | None, line: int, columns: list[str], wanted: Wan
     if not text or (wanted.labelled and label is None):
         missing = (wanted.label or "label") if text else next((name for name in wanted.text if not find([name])[0]), "text")
         found = ", ".join(map(shown, columns[:20]))
-        remedy = "Name the columns with --text-column and --label-column (by number if the file has no header)"
-        raise row_error(path, line, f'no column is called "{missing}"; there are {found}. {remedy}')
+        options = "the columns with --text-column and --label-column" if wanted.labelled else "the column with --text-column"
+        remedy = f"Name {options} (by number if the file has no header)"
+        raise NoColumn(str(row_error(path, line, f'no column is called "{missing}"; there are {found}. {remedy}')))
     return text, label
 
 
-def _key(name: str) -> str:
+def folded(name: str) -> str:
     """Names of columns are compared without regard to case."""
     return unicodedata.normalize("NFC", name.strip()).casefold()
 
@@ -241,7 +246,7 @@ def _table_rows(
         columns, has_header = _columns(values, _sample_values(sample, delimiter), wanted)
         choose_columns(path, line, columns, wanted)
         if has_header:
-            if twice := [name for name, times in Counter(map(_key, columns)).items() if times > 1]:
+            if twice := [name for name, times in Counter(map(folded, columns)).items() if times > 1]:
                 raise row_error(path, line, f"two columns are called {shown(twice[0])}; rename one of them")
         else:
             rows = itertools.chain([(line, values)], rows)
@@ -272,7 +277,7 @@ def _columns(first: list[str], sample: list[list[str]], wanted: Wanted) -> tuple
     number. Then two columns are a text and a label, the one with fewer values; three may be AG News' class, title, description.
     """
     names = [cell.strip() or str(number) for number, cell in enumerate(first, 1)]
-    known = {"text", *LABEL_COLUMNS, *TEXT_COLUMNS[1]} & set(map(_key, names))
+    known = {"text", *LABEL_COLUMNS, *TEXT_COLUMNS[1]} & set(map(folded, names))
     typed = [*wanted.text, *filter(None, [wanted.label])]
     by_number = bool(typed) and all(name.isdecimal() for name in typed)
     columns = [[row[i] for row in sample if i < len(row)] for i in range(len(first))]
