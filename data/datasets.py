@@ -12,7 +12,7 @@ import numpy as np
 
 from common.errors import UserError
 from common.hub import HubUnreachable, NotOnHub, hub_file
-from data.tables import SUFFIXES, NoColumn, Wanted, choose_columns, folded, is_unicode, read_rows, row_error, shown
+from data.tables import JSON, SUFFIXES, NoColumn, Wanted, choose_columns, folded, is_unicode, read_rows, row_error, shown
 
 AG_NEWS = "SetFit/ag_news"  # the hub's copy of AG News as train.jsonl and test.jsonl
 SAMPLE = Path(__file__).parent / "sample"  # a small corpus with AG News' classes, written for this project
@@ -55,6 +55,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class LabelledRow:
+    path: Path
     line: int
     text: str
     label: int | str
@@ -98,7 +99,8 @@ def load_dataset(
     if "test" not in splits:
         whole, share = splits["train"], TEST_SHARE if test_share is None else test_share
         splits["train"], splits["test"] = _put_aside(train.path, whole, share, seed)
-        notes.append(f"{train.path.name}: {len(splits['test']):,} of {len(whole):,} rows are put aside to test on")
+        size = f"{len(splits['test']):,} of {len(whole):,} rows"
+        notes.append(f"{train.path.name}: {size} are put aside to test on (--test-share {share:g})")
     if "validation" in splits:
         notes.append(f"{paths['validation'].name}: {len(splits['validation']):,} rows, which are not used yet")
     label_names = list(names.values())
@@ -209,12 +211,16 @@ PLAIN = "text from text, label from label"
 
 
 def _read_part(path: Path, wanted: Wanted) -> Part:
+    if path.is_dir() and not path.suffix:
+        return _read_class_folders(path)
     rows: list[LabelledRow] = []
     columns, name_column = PLAIN, ""
     for line, text, label, fields in read_rows(path, wanted.text, wanted.label, labelled=True):
         if not rows:
             texts, column = choose_columns(path, line, list(fields), wanted)
             columns = f"text from {' + '.join(texts)}, label from {column}"
+            if line == 1 and path.suffix.lower() not in JSON:
+                columns += "; the file has no header"
             name_column = next((key for key in fields if folded(key) == "label_text" and folded(str(column)) == "label"), "")
         if not any(str(value).strip() for value in fields.values()):
             continue  # Excel writes such rows
@@ -230,10 +236,22 @@ def _read_part(path: Path, wanted: Wanted) -> Part:
         name = unicodedata.normalize("NFC", name.strip()) if isinstance(name, str) else None
         if not is_unicode(f"{label}{name}"):
             raise row_error(path, line, "the label contains half a character (a lone surrogate); remove it")
-        rows.append(LabelledRow(line, text, label, name))
+        rows.append(LabelledRow(path, line, text, label, name))
     if not rows:
         raise UserError(f"{path} has no rows")
     return Part(path, rows, columns)
+
+
+def _read_class_folders(folder: Path) -> Part:
+    """The form of IMDb: a folder for each class, and in it a file for each text. IMDb's `unsup` has no labels."""
+    rows = []
+    for path in sorted(folder.glob("*/*.txt")):
+        if path.parent.name != "unsup":
+            text = "\n".join(read_texts(path))
+            rows.append(LabelledRow(path, 1, text, unicodedata.normalize("NFC", path.parent.name), None))
+    if not rows:
+        raise UserError(f"{folder} contains no folder for each class with .txt files in it")
+    return Part(folder, rows, PLAIN)
 
 
 def _label_names(part: Part) -> dict[int | str, str]:
@@ -251,9 +269,16 @@ def _label_names(part: Part) -> dict[int | str, str]:
         elif (other := labels.setdefault(name, row.label)) != row.label:
             message = f"labels {shown(other)} and {shown(row.label)} are both called {shown(name)}; give each its own name"
         if message:
-            raise row_error(path, row.line, message)
+            raise row_error(row.path, row.line, message)
     if len(names) == 1:
         raise UserError(f"{path}: every row has the label {shown(earliest)}; at least two classes are needed")
+    if isinstance(earliest, int) and path.suffix.lower() == ".csv" and (listed := _listed_names(path.with_name("classes.txt"))):
+        start = 0 if 0 in names else 1
+        for row in rows:
+            if row.label not in range(start, start + len(listed)):
+                message = f"label {shown(row.label)} does not fit the {len(listed)} classes in classes.txt"
+                raise row_error(row.path, row.line, f"{message}; number them from {start} to {start + len(listed) - 1}")
+        return {label: listed[int(label) - start] for label in sorted(names)}
     counts = Counter(row.label for row in rows)
     single = sum(count == 1 for count in counts.values())
     if len(names) > 2 and single > len(rows) / 2:
@@ -261,13 +286,6 @@ def _label_names(part: Part) -> dict[int | str, str]:
             f"{path}: {single} of {len(rows)} rows have a label that no other row has ({part.columns}). "
             "Name the columns with --text-column and --label-column (by number if the file has no header)"
         )
-    if isinstance(earliest, int) and path.suffix.lower() == ".csv" and (listed := _listed_names(path.with_name("classes.txt"))):
-        start = 0 if 0 in names else 1
-        for row in rows:
-            if row.label not in range(start, start + len(listed)):
-                message = f"label {shown(row.label)} does not fit the {len(listed)} classes in classes.txt"
-                raise row_error(path, row.line, f"{message}; number them from {start} to {start + len(listed) - 1}")
-        names = {label: listed[int(label) - start] for label in names}
     return {label: names[label] for label in sorted(names)}
 
 
@@ -293,8 +311,8 @@ def _split(part: Part, names: dict[int | str, str]) -> Split:
         if name is None:
             known = ", ".join(shown(label) for label in list(names)[:10])
             message = f"label {shown(row.label)} is not in the training part, which has {known}"
-            raise row_error(part.path, row.line, message)
+            raise row_error(row.path, row.line, message)
         if row.name and name not in (row.name, str(row.label)):
             message = f"label {shown(row.label)} is called {shown(row.name)}, but {shown(name)} in the training part"
-            raise row_error(part.path, row.line, f"{message}; choose one name")
+            raise row_error(row.path, row.line, f"{message}; choose one name")
     return Split([row.text for row in part.rows], np.array([numbers[row.label] for row in part.rows], dtype=np.int64))

@@ -252,8 +252,8 @@ def _table_rows(
             rows = itertools.chain([(line, values)], rows)
     for line, values in rows:
         if len(values) != len(columns) and (len(values) < len(columns) or any(values[len(columns) :])):
-            message = f"{len(values)} fields, but {len(columns)} columns; put quotes around each text"
-            raise row_error(path, line, message)
+            remedy = "write each row on one line" if delimiter == "\t" else "put quotes around each text"
+            raise row_error(path, line, f"{len(values)} fields, but {len(columns)} columns; {remedy}")
         yield line, dict(zip(columns, values, strict=False))  # empty fields at the end are Excel's
 
 
