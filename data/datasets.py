@@ -217,7 +217,7 @@ def _read_part(path: Path, wanted: Wanted) -> Part:
     columns, name_column = PLAIN, ""
     for line, text, label, fields in read_rows(path, wanted.text, wanted.label, labelled=True):
         if not rows:
-            texts, column = choose_columns(path, line, list(fields), wanted)
+            texts, column = choose_columns(path, line, fields, wanted)
             columns = f"text from {' + '.join(texts)}, label from {column}"
             if line == 1 and path.suffix.lower() not in JSON:
                 columns += "; the file has no header"

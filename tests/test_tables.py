@@ -115,9 +115,10 @@ MENDED = {
         "the file has no header). Name the columns with --text-column and --label-column (by number",
         "--text-column 3 --label-column 2",
     ),
+    "numbers.csv": (table(PANDAS, COLUMNS), SAYS, "--text-column 2 --label-column 3"),
     "six.csv": (
         table([(label, i, "Monday", "x", "y", text) for i, (text, label) in enumerate(TICKETS)]),
-        "there are '1', '2', '3', '4', '5', '6'. Name",
+        "there are 1 ('billing'), 2 ('0'), 3 ('Monday'), 4 ('x'), 5 ('y'), 6 ('My invoice is wrong; ",
         "--label-column 1 --text-column 6",
     ),
 }

@@ -158,6 +158,7 @@ def test_a_bad_row_in_the_test_part_is_refused_with_its_line(tmp_path):
         ("text,label\nfine,good\nx,2\n", 3, ["the label 2 after 'good'"]),
         ("sentence;mood\nfine;0\n", 1, ['no column is called "text"', "'sentence', 'mood'", "--text-column", "--label-column"]),
         ("text,label,label\nfine,0,1\n", 1, ["two columns are called 'label'", "rename one"]),
+        ("text,label\nfine,0\nx,1\ntext,label\ny,0\n", 4, ["the header once more", "remove the row"]),
         ("text,LABEL,label\nfine,0,1\n", 1, ["two columns are called 'label'", "rename one"]),
         ('"1","fine","day"\n"2","no description"\n', 2, ["2 fields, but 3 columns", "quotes around each text"]),
         ('"1","fine","day"\n"2",""," "\n', 2, ["the text is empty"]),
