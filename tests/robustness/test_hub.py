@@ -393,7 +393,12 @@ print(json.dumps([attempt(sizes, *case) for case in cases]))
     assert hub.branches["datasets/ann/lines"]["main"] != old  # it did move
     assert pinned_table["value"] == [20, 4, ["0", "1"], pinned]
     assert one["value"][:3] == [18, 2, ["0", "1"]]
-    says = ["ann/table has no train.jsonl, train.csv", "ann/parquet has no train.jsonl, train.csv", "'ann/none'", "no revisions"]
+    says = [
+        "ann/table has no train.jsonl, train.csv",
+        "ann/parquet has no train.jsonl, train.csv",
+        "'ann/none'",
+        "no revisions",
+    ]
     for refusal, words in zip(refused, says, strict=True):
         assert refusal["error"] == "UserError", refusal
         assert words in refusal["message"]
