@@ -31,6 +31,10 @@ JSON_REMEDY = "write one whole object per line, or one array of objects"
 SAMPLE_LINES = 100  # read ahead to see the delimiter, and whether there is a header
 
 
+class NoColumn(UserError):
+    """A table lacks a column that is needed."""
+
+
 class Row(NamedTuple):
     line: int  # where it begins, counted from 1
     text: str
@@ -59,22 +63,23 @@ def read_rows(
     names: Sequence[str] = ()
     for line, fields in _read_fields(path, wanted):
         if not names:
-            names, label = choose_columns(path, line, list(fields), wanted)
+            names, label = choose_columns(path, line, fields, wanted)
         if labelled and label not in fields:
             raise row_error(path, line, f'"{label}" is missing; each row needs one')
         text = " ".join([_text(path, line, fields, name) for name in names])
         yield Row(line, text, fields.get(label) if label else None, fields)
 
 
-def choose_columns(path: Path | None, line: int, columns: list[str], wanted: Wanted) -> tuple[Sequence[str], str | None]:
-    """The columns with the text, and the one with the label (None if there is none).
+def choose_columns(path: Path | None, line: int, fields: dict[str, Any], wanted: Wanted) -> tuple[Sequence[str], str | None]:
+    """The columns with the text, and the one with the label (None if there is none), from the names or the first row.
 
     Of two columns, one of which has a known name, the other one is the other. Raises UserError if a column is not there.
     """
-    known = {_key(name): name for name in reversed(columns)} | {name: name for name in columns}
+    columns = list(fields)
+    known = {folded(name): name for name in reversed(columns)} | {name: name for name in columns}
 
     def find(names: Iterable[str]) -> list[str]:
-        return [known.get(name) or known.get(_key(name)) or "" for name in names]
+        return [known.get(name) or known.get(folded(name)) or "" for name in names]
 
     text = next(filter(all, map(find, [wanted.text] if wanted.text else TEXT_COLUMNS)), [])
     label = next(filter(None, find([wanted.label] if wanted.label else LABEL_COLUMNS)), None)
@@ -84,13 +89,14 @@ def choose_columns(path: Path | None, line: int, columns: list[str], wanted: Wan
         label = label or (None if wanted.label or not other else other[0])
     if not text or (wanted.labelled and label is None):
         missing = (wanted.label or "label") if text else next((name for name in wanted.text if not find([name])[0]), "text")
-        found = ", ".join(map(shown, columns[:20]))
-        remedy = "Name the columns with --text-column and --label-column (by number if the file has no header)"
-        raise row_error(path, line, f'no column is called "{missing}"; there are {found}. {remedy}')
+        found = ", ".join(f"{name} ({shown(fields[name])})" if name.isdecimal() else shown(name) for name in columns[:20])
+        options = "the columns with --text-column and --label-column" if wanted.labelled else "the column with --text-column"
+        remedy = f"Name {options} (by number if the file has no header)"
+        raise NoColumn(str(row_error(path, line, f'no column is called "{missing}"; there are {found}. {remedy}')))
     return text, label
 
 
-def _key(name: str) -> str:
+def folded(name: str) -> str:
     """Names of columns are compared without regard to case."""
     return unicodedata.normalize("NFC", name.strip()).casefold()
 
@@ -238,17 +244,18 @@ def _table_rows(
     delimiter = max(delimiters, key=lambda delimiter: _fit(sample, delimiter))
     rows = _values(path, itertools.chain(sample, lines), delimiter, start)
     for line, values in itertools.islice(rows, 1):
-        columns, has_header = _columns(values, _sample_values(sample, delimiter), wanted)
-        choose_columns(path, line, columns, wanted)
-        if has_header:
-            if twice := [name for name, times in Counter(map(_key, columns)).items() if times > 1]:
-                raise row_error(path, line, f"two columns are called {shown(twice[0])}; rename one of them")
-        else:
+        columns, header = _columns(values, _sample_values(sample, delimiter), wanted)
+        if twice := [name for name, times in Counter(map(folded, columns)).items() if times > 1]:
+            raise row_error(path, line, f"two columns are called {shown(twice[0])}; rename one of them")
+        choose_columns(path, line, dict(zip(columns, values, strict=True)), wanted)
+        if not header:
             rows = itertools.chain([(line, values)], rows)
     for line, values in rows:
+        if values == header and len(header) > 1:
+            raise row_error(path, line, "the header once more; remove the row")
         if len(values) != len(columns) and (len(values) < len(columns) or any(values[len(columns) :])):
-            message = f"{len(values)} fields, but {len(columns)} columns; put quotes around each text"
-            raise row_error(path, line, message)
+            remedy = "write each row on one line" if delimiter == "\t" else "put quotes around each text"
+            raise row_error(path, line, f"{len(values)} fields, but {len(columns)} columns; {remedy}")
         yield line, dict(zip(columns, values, strict=False))  # empty fields at the end are Excel's
 
 
@@ -265,26 +272,32 @@ def _sample_values(sample: list[str], delimiter: str) -> list[list[str]]:
     return rows
 
 
-def _columns(first: list[str], sample: list[list[str]], wanted: Wanted) -> tuple[list[str], bool]:
-    """The names of the columns, and whether they come from a header. Without a header they are numbered.
+def _columns(first: list[str], sample: list[list[str]], wanted: Wanted) -> tuple[list[str], list[str]]:
+    """The names of the columns, and the header; the header is empty if the first row is data, and the columns are numbered.
 
-    A file has no header if a cell of its first row is a number, or comes again in its column, or if columns are named by
-    number. Then two columns are a text and a label, the one with fewer values; three may be AG News' class, title, description.
+    The first row is data if one of its cells is a number, or comes again in its column. Then two columns are a text and a
+    label, the one with fewer values; three may be AG News' class, title and description.
     """
-    names = [cell.strip() or str(number) for number, cell in enumerate(first, 1)]
-    known = {"text", *LABEL_COLUMNS, *TEXT_COLUMNS[1]} & set(map(_key, names))
     typed = [*wanted.text, *filter(None, [wanted.label])]
     by_number = bool(typed) and all(name.isdecimal() for name in typed)
+    numbers = [str(number) for number in range(1, len(first) + 1)]
+    names = [cell.strip() or number for cell, number in zip(first, numbers, strict=True)]
     columns = [[row[i] for row in sample if i < len(row)] for i in range(len(first))]
     is_data = any(_is_number(cell) or (cell and columns[i].count(cell) > 1) for i, cell in enumerate(first))
-    if known or not (by_number or (is_data and not typed)):
-        return names, True
+    if {"text", *LABEL_COLUMNS, *TEXT_COLUMNS[1]} & set(map(folded, names)):
+        is_data = False
+    elif by_number and not wanted.labelled:
+        is_data = True  # rather a header too many than a text too few
+    elif typed and not by_number:
+        is_data = False
+    if not is_data:
+        return numbers if by_number else names, first
     if not by_number and len(first) == 2:
         spread = [(len(set(column)), sum(map(len, column))) for column in columns]
-        return (["text", "label"] if spread[1] < spread[0] else ["label", "text"]), False
+        return (["text", "label"] if spread[1] < spread[0] else ["label", "text"]), []
     if not by_number and len(first) == 3 and first[0].strip().isdecimal():
-        return ["class", "title", "description"], False
-    return [str(number) for number in range(1, len(first) + 1)], False
+        return ["class", "title", "description"], []
+    return numbers, []
 
 
 def _is_number(cell: str) -> bool:
