@@ -1,19 +1,26 @@
 """Label new text with a trained adapter.
 
 python predict.py runs/2026-11-24-103855 "Oil prices rose on Monday"           print a small table for each text
-python predict.py runs/2026-11-24-103855 --input news.csv > labels.jsonl       write JSON Lines in the order of the input
+python predict.py runs/2026-11-24-103855 --input news.csv --output labels.csv  keep every column, add `label` and `score`
+python predict.py runs/2026-11-24-103855 --input news.csv > labels.jsonl       write every score, as JSON Lines
 python predict.py an/adapter/of/peft --model distilbert-base-uncased < texts   read one text per line, write JSON Lines
 """
 
+import contextlib
 import io
 import json
+import os
+import stat
 import sys
+import time
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from common.errors import UserError, run_cli
-from data import read_texts
+from data import Row, open_table, read_rows
 from training.evaluation import progress_bar
-from training.inference import load_classifier
+from training.inference import in_parts, load_classifier
 from training.options import Parser
 
 
@@ -22,28 +29,71 @@ def run(arguments: list[str] | None) -> None:
     parser.add_argument("folder", type=Path, help="a run folder, or an adapter folder written here or by peft")
     parser.add_argument("texts", nargs="*", help="texts to label [those of --input, or of standard input]")
     parser.add_argument(
-        "--input", type=Path, help="file with texts: .txt (one per line), or .jsonl or .csv with a field `text`"
+        "--input", type=Path, help="file with texts: a table (.csv, .tsv, .jsonl, .json), or .txt with one text per line"
     )
+    parser.add_argument("--text-column", nargs="+", default=(), help="the columns of --input with the text [text]")
+    parser.add_argument("--output", type=Path, help="file for --input with a label and a score in each row: .csv, .tsv, .jsonl")
+    parser.add_argument("--threshold", type=float, default=0.0, help="give no label to a text with a lower score [0]")
     parser.add_argument("--json", action="store_true", help="print JSON Lines for texts on the command line, too")
     parser.add_argument("--model", help="the base model [the one that the adapter names]")
-    parser.add_argument("--max-length", type=int, default=256, help="maximum tokens per text; the rest is cut off [256]")
+    parser.add_argument("--max-length", type=int, help="maximum tokens per text; the rest is cut off [as in training]")
     parser.add_argument("--device", default="auto", help="auto (the best available), cpu, cuda, mps [auto]")
     options = parser.parse_intermixed_args(arguments)
     if options.texts and options.input is not None:
         raise UserError("both texts and --input were given. Choose one of them")
+    if not 0 <= options.threshold <= 1:
+        raise UserError(f"--threshold is {options.threshold}. It must be between 0 and 1")
+    if options.output and options.input:
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samefile(options.input, options.output):
+                raise UserError(f"--output would overwrite --input {options.input}. Name another file")
 
-    classifier = load_classifier(options.folder, options.model, options.device, options.max_length)
-    texts = options.texts or read_texts(options.input)
-    quiet = bool(options.texts) or sys.stdout.isatty() or not sys.stderr.isatty()
-    with progress_bar(None, "predict", leave=False, quiet=quiet) as bar:
-        for answer in classifier.label(texts):
-            if options.texts and not options.json:
-                print(answer["text"])
-                for name, score in sorted(answer["scores"].items(), key=lambda item: -item[1]):
-                    print(f"  {score:.4f}  {name}")
-            else:
-                print(json.dumps(answer, ensure_ascii=sys.stdout.encoding != "utf-8"))
-            bar.update()
+    with contextlib.ExitStack() as stack:
+        table = stack.enter_context(open_table(options.output)) if options.output else None
+        classifier = load_classifier(options.folder, options.model, options.device, options.max_length)
+        rows = read_rows(options.input, options.text_column)
+        if options.texts:
+            rows = (Row(number, text, None, {"text": text}) for number, text in enumerate(options.texts, 1))
+        is_screen = sys.stdout.isatty() and sys.stderr.isatty() and not table  # where a bar would disturb the answers
+        quiet = bool(options.texts) or is_screen
+        bar = stack.enter_context(progress_bar(None, "predict", not sys.stderr.isatty(), quiet, at_once=False))
+        labelled, reasons = 0, Counter[str]()  # for no label
+        started = time.monotonic()
+        for part in in_parts(rows, as_they_come=not options.texts and not is_file(options.input)):
+            answers = classifier.label([row.text for row in part], options.threshold)
+            for row, answer in zip(part, answers, strict=True):
+                if table:
+                    table.write(options.input, row, answer["label"], answer["score"])
+                elif options.texts and not options.json:
+                    print_scores(answer)
+                else:
+                    print(json.dumps(answer, ensure_ascii=sys.stdout.encoding != "utf-8"))
+                if "reason" in answer:
+                    reasons[answer["reason"]] += 1
+                bar.update()
+            sys.stdout.flush()
+            labelled += len(part)
+    if not options.texts:
+        without = "".join(f"; {count:,} without a label: {reason}" for reason, count in reasons.items())
+        print(f"{labelled:,} texts in {time.monotonic() - started:.1f} s{without}", file=sys.stderr)
+    if options.output:
+        print(f"saved {options.output}")
+
+
+def print_scores(answer: dict[str, Any]) -> None:
+    print(answer["text"])
+    if "reason" in answer:
+        print(f"  no label: {answer['reason']}")
+    for name, score in sorted(answer["scores"].items(), key=lambda item: -item[1]):
+        print(f"  {score:.4f}  {name}")
+
+
+def is_file(path: Path | None) -> bool:
+    """Whether all of the input is there already: it does not come from a pipe or a keyboard."""
+    try:
+        return stat.S_ISREG(os.stat(0 if path is None else path).st_mode)
+    except OSError:  # reading it will tell
+        return True
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -2,7 +2,7 @@
 
 python train.py                                          distilbert-base-uncased on ag_news, r = 2 on q_lin and v_lin
 python train.py --model minilm --dataset sample          the embedded encoder and corpus, without a network
-python train.py --dataset my/folder                      your own train and test files (see data/datasets.py)
+python train.py --dataset tickets.csv                    your own texts (data/tables.py lists the forms of files)
 python train.py --method full                            every weight, or only the head (compare.py runs all three)
 python train.py --resume runs/2026-11-24-103855          continue a run that was stopped
 python train.py --help                                   every option

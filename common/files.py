@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from safetensors import SafetensorError
 
@@ -44,6 +45,32 @@ def new_folder(folder: Path | str) -> Iterator[Path]:
             flush(folder.parent)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be written: {getattr(error, 'strerror', None) or error}") from error
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[TextIO]:
+    """Write a text file whole or not at all: the block fills a temporary sibling, which then takes the place of `path`.
+
+    Half a character, which has no UTF-8, is written as an escape such as \\ud800.
+    """
+    try:
+        path = path.resolve()  # not the link, but what it points to
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} is not a file: name another one")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be written: {why(error)}") from error
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        with open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+            yield file
+        flush(temporary)
+        os.replace(temporary, path)
+        flush(path.parent)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {why(error)}") from error
+    finally:
+        with contextlib.suppress(OSError):  # already renamed, or never written
+            temporary.unlink()
 
 
 def refuse_to_overwrite(folder: Path) -> None:

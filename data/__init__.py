@@ -3,3 +3,5 @@
 
 from data.batching import TokenizedTexts, evaluation_batches, micro_batches, pad, tokenize, training_batches
 from data.datasets import AG_NEWS, Dataset, Split, load_dataset, read_texts
+from data.table_writer import TableWriter, open_table
+from data.tables import Row, read_rows

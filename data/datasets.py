@@ -1,28 +1,24 @@
-"""Labelled texts to train on, and texts to label: one reader for every form of file, which checks each row as it reads.
+"""Data sets to train on: which files they consist of, what their labels are called, and which rows train and which test."""
 
-.jsonl                 {"text": ..., "label": 0 or "name", "label_text": "name" (optional)}, one object per line
-.csv with a header     columns `text` and `label` (a number or a name), optionally `label_text`; others are ignored
-.csv without a header  AG News' own form: "class","title","description", with class names in classes.txt if it exists
-other files, stdin     one text per line; they can be labelled, not trained on
-"""
-
-import csv
-import itertools
-import json
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from common.errors import UserError
-from common.hub import hub_file
+from common.hub import FileNotOnHub, HubUnreachable, hub_file
+from data.tables import JSON, SUFFIXES, NoColumn, Wanted, choose_columns, folded, is_unicode, read_rows, row_error, shown
 
 AG_NEWS = "SetFit/ag_news"  # the hub's copy of AG News as train.jsonl and test.jsonl
 SAMPLE = Path(__file__).parent / "sample"  # a small corpus with AG News' classes, written for this project
-LONGEST_TEXT = 1 << 24  # characters in one field of a CSV file
+TEST_SHARE = 0.1
+PARTS = {"train": ("train", "training"), "test": ("test",), "validation": ("validation", "valid", "val", "dev")}
+ON_HUB = (".jsonl", ".csv", ".tsv", ".json")  # the files of a data set on the hub are looked for in this order
 
 
 @dataclass(frozen=True)
@@ -33,8 +29,12 @@ class Split:
     def __len__(self) -> int:
         return len(self.texts)
 
-    def first(self, limit: int | None) -> "Split":
-        return Split(self.texts[:limit], self.labels[:limit])
+    def take(self, indices: np.ndarray) -> "Split":
+        return Split([self.texts[i] for i in indices], self.labels[indices])
+
+    def sample(self, limit: int | None, seed: int) -> "Split":
+        """At most `limit` examples, in their order, with each class as frequent as before."""
+        return self if limit is None or limit >= len(self) else self.take(stratified(self.labels, limit, seed))
 
 
 @dataclass(frozen=True)
@@ -42,35 +42,70 @@ class Dataset:
     train: Split
     test: Split
     label_names: list[str]  # label i is called label_names[i]
+    validation: Split | None = None
+    commit: str | None = None  # if it comes from the hub
+    notes: tuple[str, ...] = ()  # what the user should know, a line each
+
+    def limited(self, train_limit: int | None, test_limit: int | None, seed: int) -> "Dataset":
+        """Raises UserError if a class would not be trained on."""
+        if train_limit is not None and train_limit < len(self.label_names):
+            raise UserError(f"--train-limit is {train_limit}, but there are {len(self.label_names)} classes to train on")
+        return replace(self, train=self.train.sample(train_limit, seed), test=self.test.sample(test_limit, seed))
 
 
 @dataclass(frozen=True)
-class Row:
+class LabelledRow:
+    path: Path
     line: int
     text: str
     label: int | str
     name: str | None  # of the label, from label_text
 
 
-def load_dataset(name_or_path: str) -> Dataset:
-    """Read `ag_news` (from the hub), `sample` (embedded) or a folder with train and test as .jsonl or .csv.
+@dataclass(frozen=True)
+class Part:
+    path: Path
+    rows: list[LabelledRow]
+    columns: str  # what was read from which column
 
+
+def load_dataset(
+    name_or_path: str,
+    text_columns: Sequence[str] = (),
+    label_column: str | None = None,
+    test_share: float | None = None,
+    seed: int = 0,
+    revision: str | None = None,
+) -> Dataset:
+    """Read `sample` (embedded), `ag_news` or user/name (from the hub), a folder with train and test, or one file.
+
+    Without a test part, `test_share` of the training part is put aside as one. `data/tables.py` lists the forms of files.
     Raises UserError, with file and line, for data that cannot be trained on; HubUnreachable if the hub does not answer.
     """
-    folder = Path(name_or_path)
-    if name_or_path == "sample":
-        train, test = SAMPLE / "train.jsonl", SAMPLE / "test.jsonl"
-    elif name_or_path == "ag_news":
-        train, test = (hub_file(AG_NEWS, f"{part}.jsonl", repo_type="dataset") for part in ("train", "test"))
-    elif os.path.isdir(folder):  # Path.is_dir raises OSError for a name that is too long
-        train, test = _find_parts(folder)
-    elif os.path.isfile(folder):
-        raise UserError(f"{folder} is a file: name a folder that contains train{folder.suffix} and test{folder.suffix}")
-    else:
-        raise UserError(f"there is no data set {name_or_path!r}: name a folder, or one of ag_news and sample")
-    train_rows, test_rows = _labelled_rows(train), _labelled_rows(test)
-    names = _label_names(train, train_rows)
-    return Dataset(_split(train, train_rows, names), _split(test, test_rows, names), list(names.values()))
+    paths, commit = _find_parts(name_or_path, revision)
+    if test_share is not None and "test" in paths:
+        raise UserError(f"{name_or_path} has a test part, {paths['test'].name}: leave out --test-share, or name one file")
+    wanted = Wanted(text_columns, label_column, labelled=True)
+    train = _read_part(paths["train"], wanted)
+    names = _label_names(train)
+    is_told = (text_columns and label_column) or train.columns.lower() == PLAIN
+    notes = [] if is_told else [f"{train.path.name}: {train.columns}"]
+    splits = {"train": _split(train, names)}
+    for part in [part for part in paths if part != "train"]:
+        try:
+            splits[part] = _split(_read_part(paths[part], wanted), names)
+        except NoColumn as error:
+            raise UserError(f"{error}. Or test on a share of the training part: --dataset {paths['train']}") from error
+    if "test" not in splits:
+        whole, share = splits["train"], TEST_SHARE if test_share is None else test_share
+        splits["train"], splits["test"] = _put_aside(train.path, whole, share, seed)
+        size = f"{len(splits['test']):,} of {len(whole):,} rows"
+        notes.append(f"{train.path.name}: {size} are put aside to test on (--test-share {share:g})")
+    if "validation" in splits:
+        notes.append(f"{paths['validation'].name}: {len(splits['validation']):,} rows, which are not used yet")
+    label_names = list(names.values())
+    notes += _alike(label_names)
+    return Dataset(splits["train"], splits["test"], label_names, splits.get("validation"), commit, tuple(notes))
 
 
 def read_texts(path: Path | None) -> Iterator[str]:
@@ -78,170 +113,179 @@ def read_texts(path: Path | None) -> Iterator[str]:
 
     Raises UserError, with file and line, for a row that cannot be read.
     """
-    for line, fields in read_rows(path):
-        yield _text(path, line, fields)
+    return (row.text for row in read_rows(path))
 
 
-def read_rows(path: Path | None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line, fields) of each row of a file, or of standard input (None). A row's line is where it begins, counted from 1.
+def stratified(labels: np.ndarray, size: int, seed: int) -> np.ndarray:
+    """The sorted indices of `size` examples, drawn at random. Each class is as frequent as before, and has one if it can."""
+    order = np.random.default_rng(seed).permutation(len(labels))
+    place = np.empty(len(labels))  # in the queue of its class, from 0 to 1: the first of each class come first
+    for label in np.unique(labels):
+        queue = order[labels[order] == label]
+        place[queue] = np.arange(len(queue)) / len(queue)
+    return np.sort(order[np.argsort(place[order], kind="stable")[:size]])
 
-    Reads no further than asked. Raises UserError, with file and line, for anything that is not UTF-8, JSON or CSV.
-    """
-    parse = {".jsonl": _json_rows, ".csv": _csv_rows}.get(path.suffix.lower() if path else "", _text_rows)
-    source = 0 if path is None else path  # 0 is standard input
+
+def _put_aside(path: Path, whole: Split, share: float, seed: int) -> tuple[Split, Split]:
+    """A training and a test part. At least one example of each class is for training, and, if it has two, one for testing."""
+    num_labels = len(np.unique(whole.labels))
+    kept = stratified(whole.labels, num_labels, seed)
+    rest = np.setdiff1d(np.arange(len(whole)), kept)
+    if not len(rest):
+        raise UserError(f"{path} has only one row of each class: add rows, some of which are put aside to test on")
+    size = max(round(share * len(whole)), len(np.unique(whole.labels[rest])))
+    test = rest[stratified(whole.labels[rest], size, seed)]
+    return whole.take(np.setdiff1d(np.arange(len(whole)), test)), whole.take(test)
+
+
+# The files
+
+
+def _find_parts(name_or_path: str, revision: str | None) -> tuple[dict[str, Path], str | None]:
+    """The files of the parts, by "train", "test" and "validation", and the commit if they come from the hub."""
+    path = Path(name_or_path)
+    if name_or_path == "sample":
+        parts = {"train": SAMPLE / "train.jsonl", "test": SAMPLE / "test.jsonl"}
+    elif name_or_path == "ag_news":
+        return _parts_on_hub(AG_NEWS, revision)
+    elif os.path.isdir(path):  # Path.is_dir raises OSError for a name that is too long
+        parts = _parts_in_folder(path)
+    elif os.path.isfile(path):
+        parts = {"train": path}
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", name_or_path, re.ASCII) and path.suffix.lower() not in SUFFIXES[:-1]:
+        return _parts_on_hub(name_or_path, revision)
+    else:
+        raise UserError(
+            f"there is no data set {name_or_path!r}: name a file, a folder, user/name on the hub, or one of ag_news and sample"
+        )
+    if revision is not None:
+        raise UserError(f"{name_or_path} is on this machine and has no revisions: leave out --dataset-revision")
+    return parts, None
+
+
+def _parts_in_folder(folder: Path) -> dict[str, Path]:
+    parts: dict[str, Path] = {}
     try:
-        # Bytes that are not UTF-8 become lone surrogates, in which _utf8_lines sees the line that they are in.
-        with open(source, encoding="utf-8-sig", errors="surrogateescape", newline="", closefd=path is not None) as file:
-            yield from parse(path, _utf8_lines(path, file))
+        paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     except OSError as error:
-        raise UserError(f"{path or 'standard input'} cannot be read: {error.strerror}") from error
+        raise UserError(f"{folder} cannot be read: {error.strerror}") from error
+    for part, stems in PARTS.items():
+        found = [path for path in paths if path.stem.lower() in stems and path.suffix.lower() in SUFFIXES]
+        if len(found) > 1:
+            raise UserError(f"{folder} contains both {found[0].name} and {found[1].name}: move one of them away")
+        parts.update((part, path) for path in found)
+    if "train" not in parts:
+        listed = ", ".join(path.name for path in paths[:10]) + (", ..." if len(paths) > 10 else "")
+        raise UserError(
+            f"{folder} contains no train.csv, .tsv or .jsonl, but {listed or 'nothing'}: "
+            "rename one of its files, or name the file in place of the folder"
+        )
+    return parts
 
 
-def _utf8_lines(path: Path | None, file: Iterable[str]) -> Iterator[str]:
-    for number, line in enumerate(file, 1):
-        if not _is_unicode(line):
-            raise _row_error(path, number, "not UTF-8; save the file as UTF-8")
-        yield line
+def _parts_on_hub(name: str, revision: str | None) -> tuple[dict[str, Path], str]:
+    errors: list[UserError] = []
+    for folder in ("", "data/"):
+        for suffix in ON_HUB:
+            try:
+                train = hub_file(name, f"{folder}train{suffix}", revision, repo_type="dataset")
+            except (FileNotOnHub, HubUnreachable) as error:
+                errors.append(error)
+                continue
+            commit = train.parents[folder.count("/")].name  # the cache names the folder after it: both come from one commit
+            try:
+                return {"train": train, "test": hub_file(name, f"{folder}test{suffix}", commit, repo_type="dataset")}, commit
+            except FileNotOnHub:
+                return {"train": train}, commit
+    if isinstance(errors[0], HubUnreachable):
+        raise errors[0]
+    raise UserError(
+        f"the data set {name} has no train{', train'.join(ON_HUB)} on the hub, neither in its root nor in data/: "
+        "download it, save it in one of these forms, and name the file"
+    )
 
 
-def _text_rows(path: Path | None, lines: Iterator[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(lines, 1):
-        yield number, {"text": line.rstrip("\r\n")}
+# The labels
+
+PLAIN = "text from text, label from label"
 
 
-def _json_rows(path: Path | None, lines: Iterator[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            fields = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-            raise _row_error(path, number, f"not JSON ({reason}); write one whole object per line") from error
-        if not isinstance(fields, dict):
-            raise _row_error(path, number, 'not a JSON object; write {"text": ...} on each line')
-        yield number, fields
-
-
-def _csv_rows(path: Path | None, lines: Iterator[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    rows = _csv_values(path, lines)
-    for line, values in itertools.islice(rows, 1):
-        columns = [column.strip().lower() for column in values]
-        if is_ag_news := len(values) == 3 and columns[0].isdecimal():  # there is no header
-            rows, columns = itertools.chain([(line, values)], rows), ["class", "title", "description"]
-        elif "text" not in columns:
-            raise _row_error(path, line, 'no column is called "text"; begin the file with a header such as text,label')
-    for line, values in rows:
-        if len(values) != len(columns):
-            raise _row_error(path, line, f"{len(values)} fields, but {len(columns)} columns; put quotes around each text")
-        fields = dict(zip(columns, values, strict=True))
-        if is_ag_news:
-            fields = {"text": f"{fields['title']} {fields['description']}", "label": fields["class"]}
-        yield line, fields
-
-
-def _csv_values(path: Path | None, lines: Iterator[str]) -> Iterator[tuple[int, list[str]]]:
-    csv.field_size_limit(LONGEST_TEXT)
-    reader = csv.reader(lines, strict=True)
-    start = 1  # the line where the next row begins: a quoted text may span several
-    try:
-        for values in reader:
-            if values:  # not a blank line
-                yield start, values
-            start = reader.line_num + 1
-    except csv.Error as error:
-        raise _row_error(path, start, f"the row that begins here is not CSV ({error}); check its quotes") from error
-
-
-def _text(path: Path | None, line: int, fields: dict[str, Any]) -> str:
-    if "text" not in fields:
-        raise _row_error(path, line, '"text" is missing; each row needs one')
-    text = fields["text"]
-    if not isinstance(text, str):
-        raise _row_error(path, line, f"the text {_shown(text)} is not a string; put it in quotes")
-    if not _is_unicode(text):
-        raise _row_error(path, line, "the text contains half a character (a lone surrogate); remove it")
-    return text
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether it has no lone surrogate, which comes from a byte that is not UTF-8 or from a JSON escape such as \\ud800."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _row_error(path: Path | None, line: int, message: str) -> UserError:
-    return UserError(f"{path or 'standard input'}, line {line}: {message}")
-
-
-def _shown(value: object) -> str:
-    """A value in a message: short, since it may be a whole article in the wrong column."""
-    text = repr(value) if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _find_parts(folder: Path) -> tuple[Path, Path]:
-    suffixes = [suffix for suffix in (".jsonl", ".csv") if (folder / f"train{suffix}").exists()]
-    if len(suffixes) != 1:
-        raise UserError(f"{folder} contains {'both' if suffixes else 'neither'} of train.jsonl and train.csv; one is needed")
-    train, test = folder / f"train{suffixes[0]}", folder / f"test{suffixes[0]}"
-    if not test.exists():
-        raise UserError(f"{folder} contains {train.name} but not {test.name}: move some rows there to test on")
-    return train, test
-
-
-def _labelled_rows(path: Path) -> list[Row]:
-    rows = []
-    for line, fields in read_rows(path):
-        text = _text(path, line, fields)
-        if "label" not in fields:
-            raise _row_error(path, line, '"label" is missing; each row needs one')
-        label, name = fields["label"], fields.get("label_text")
-        if path.suffix == ".csv":  # where numbers are strings, too
-            label = label.strip()
-            label = int(label) if label.isdecimal() and len(label) < 10 else label
+def _read_part(path: Path, wanted: Wanted) -> Part:
+    if path.is_dir() and not path.suffix:
+        return _read_class_folders(path)
+    rows: list[LabelledRow] = []
+    columns, name_column = PLAIN, ""
+    for line, text, label, fields in read_rows(path, wanted.text, wanted.label, labelled=True):
+        if not rows:
+            texts, column = choose_columns(path, line, fields, wanted)
+            columns = f"text from {' + '.join(texts)}, label from {column}"
+            if line == 1 and path.suffix.lower() not in JSON:
+                columns += "; the file has no header"
+            name_column = next((key for key in fields if folded(key) == "label_text" and folded(str(column)) == "label"), "")
+        if not any(str(value).strip() for value in fields.values()):
+            continue  # Excel writes such rows
+        if isinstance(label, str):
+            label = unicodedata.normalize("NFC", label.strip())
+            label = int(label) if re.fullmatch(r"0|-?[1-9][0-9]{0,17}", label) else label
         if isinstance(label, bool) or not isinstance(label, int | str):
-            raise _row_error(path, line, f"the label {_shown(label)} is neither a whole number nor a name; make it one")
+            raise row_error(path, line, f"the label {shown(label)} is neither a whole number nor a name; make it one")
         for what, value in [("text", text), ("label", str(label))]:
             if not value.strip():
-                raise _row_error(path, line, f"the {what} is empty; fill it in or remove the row")
-        if not _is_unicode(f"{label}{name}"):
-            raise _row_error(path, line, "the label contains half a character (a lone surrogate); remove it")
-        rows.append(Row(line, text, label, name if isinstance(name, str) else None))
+                raise row_error(path, line, f"the {what} is empty; fill it in or remove the row")
+        name = fields.get(name_column)
+        name = unicodedata.normalize("NFC", name.strip()) if isinstance(name, str) else None
+        if not is_unicode(f"{label}{name}"):
+            raise row_error(path, line, "the label contains half a character (a lone surrogate); remove it")
+        rows.append(LabelledRow(path, line, text, label, name))
     if not rows:
         raise UserError(f"{path} has no rows")
-    return rows
+    return Part(path, rows, columns)
 
 
-def _label_names(path: Path, rows: list[Row]) -> dict[int | str, str]:
+def _read_class_folders(folder: Path) -> Part:
+    """The form of IMDb: a folder for each class, and in it a file for each text. IMDb's `unsup` has no labels."""
+    rows = []
+    for path in sorted(folder.glob("*/*.txt")):
+        if path.parent.name != "unsup":
+            text = "\n".join(read_texts(path))
+            rows.append(LabelledRow(path, 1, text, unicodedata.normalize("NFC", path.parent.name), None))
+    if not rows:
+        raise UserError(f"{folder} contains no folder for each class with .txt files in it")
+    return Part(folder, rows, PLAIN)
+
+
+def _label_names(part: Part) -> dict[int | str, str]:
     """label -> name, of the training rows. Classes are numbered in this order: by number or by alphabet."""
+    path, rows = part.path, part.rows
     earliest = rows[0].label
     names: dict[int | str, str] = {}
     labels: dict[str, int | str] = {}
     for row in rows:
         name, message = row.name or str(row.label), None
         if type(row.label) is not type(earliest):
-            message = f"the label {_shown(row.label)} after {_shown(earliest)}; use either numbers or names"
+            message = f"the label {shown(row.label)} after {shown(earliest)}; use either numbers or names"
         elif (before := names.setdefault(row.label, name)) != name:
-            message = f"label {_shown(row.label)} is called {_shown(name)} here and {_shown(before)} before; choose one name"
+            message = f"label {shown(row.label)} is called {shown(name)} here and {shown(before)} before; choose one name"
         elif (other := labels.setdefault(name, row.label)) != row.label:
-            message = f"labels {_shown(other)} and {_shown(row.label)} are both called {_shown(name)}; give each its own name"
+            message = f"labels {shown(other)} and {shown(row.label)} are both called {shown(name)}; give each its own name"
         if message:
-            raise _row_error(path, row.line, message)
+            raise row_error(row.path, row.line, message)
     if len(names) == 1:
-        raise UserError(f"{path}: every row has the label {_shown(earliest)}; at least two classes are needed")
-    if isinstance(earliest, int):
-        start, classes = 0 if 0 in names else 1, f"{len(names)} classes"
-        if path.suffix == ".csv" and (listed := _listed_names(path.with_name("classes.txt"))):
-            names, classes = dict(enumerate(listed, start)), f"{len(listed)} classes in classes.txt"
-        last = start + len(names) - 1
+        raise UserError(f"{path}: every row has the label {shown(earliest)}; at least two classes are needed")
+    if isinstance(earliest, int) and path.suffix.lower() == ".csv" and (listed := _listed_names(path.with_name("classes.txt"))):
+        start = 0 if 0 in names else 1
         for row in rows:
-            if row.label not in range(start, last + 1):
-                message = f"label {_shown(row.label)} does not fit the {classes}; number them from {start} to {last}"
-                raise _row_error(path, row.line, message)
+            if row.label not in range(start, start + len(listed)):
+                message = f"label {shown(row.label)} does not fit the {len(listed)} classes in classes.txt"
+                raise row_error(row.path, row.line, f"{message}; number them from {start} to {start + len(listed) - 1}")
+        return {label: listed[int(label) - start] for label in sorted(names)}
+    counts = Counter(row.label for row in rows)
+    single = sum(count == 1 for count in counts.values())
+    if len(names) > 2 and single > len(rows) / 2:
+        raise UserError(
+            f"{path}: {single} of {len(rows)} rows have a label that no other row has ({part.columns}). "
+            "Name the columns with --text-column and --label-column (by number if the file has no header)"
+        )
     return {label: names[label] for label in sorted(names)}
 
 
@@ -249,18 +293,26 @@ def _listed_names(path: Path) -> list[str]:
     names = [name.strip() for name in read_texts(path) if name.strip()] if path.exists() else []
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"{path} lists {_shown(name)} twice; each class needs a name of its own")
+            raise UserError(f"{path} lists {shown(name)} twice; each class needs a name of its own")
     return names
 
 
-def _split(path: Path, rows: list[Row], names: dict[int | str, str]) -> Split:
+def _alike(names: list[str]) -> Iterator[str]:
+    folded: dict[str, str] = {}
+    for name in names:
+        if (other := folded.setdefault(name.casefold(), name)) != name:
+            yield f"the classes {shown(other)} and {shown(name)} differ only in case; if they are one, spell them alike"
+
+
+def _split(part: Part, names: dict[int | str, str]) -> Split:
     numbers = {label: number for number, label in enumerate(names)}
-    for row in rows:
+    for row in part.rows:
         name = names.get(row.label)
         if name is None:
-            known = ", ".join(_shown(label) for label in list(names)[:10])
-            raise _row_error(path, row.line, f"label {_shown(row.label)} is not in the training part, which has {known}")
+            known = ", ".join(shown(label) for label in list(names)[:10])
+            message = f"label {shown(row.label)} is not in the training part, which has {known}"
+            raise row_error(row.path, row.line, message)
         if row.name and name not in (row.name, str(row.label)):
-            message = f"label {_shown(row.label)} is called {_shown(row.name)}, but {_shown(name)} in the training part"
-            raise _row_error(path, row.line, f"{message}; choose one name")
-    return Split([row.text for row in rows], np.array([numbers[row.label] for row in rows], dtype=np.int64))
+            message = f"label {shown(row.label)} is called {shown(row.name)}, but {shown(name)} in the training part"
+            raise row_error(row.path, row.line, f"{message}; choose one name")
+    return Split([row.text for row in part.rows], np.array([numbers[row.label] for row in part.rows], dtype=np.int64))

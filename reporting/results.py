@@ -7,14 +7,14 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import read_json
-from data import load_dataset, tokenize
 from lora import LoRALinear, PeftModel
 from model import load_pretrained
 from reporting.geometry import Geometry, geometry
 from training.checkpoint import newest_first
-from training.evaluation import Examples, progress_bar
+from training.evaluation import progress_bar
 from training.inference import load_classifier
-from training.loading import data_sha256
+from training.loading import data_sha256, load_data, tokenize_examples
+from training.options import Options
 
 Layers = dict[str, dict[int, Geometry]]  # {"q_lin": {0: ..., 1: ...}, "v_lin": ...}: kind of module, number of layer
 
@@ -43,19 +43,17 @@ def find_mistakes(folder: Path, results: dict[str, Any]) -> list[dict[str, Any]]
 
     Raises UserError if the model or the data can no longer be loaded, or the data has changed.
     """
-    options = results["options"]
-    max_length = options["max_length"]
-    dataset = load_dataset(results["dataset"])
-    train, test = dataset.train.first(options["train_limit"]), dataset.test.first(options["test_limit"])
-    classifier = load_classifier(folder, max_length=max_length)
-    tokenized = [Examples(tokenize(classifier.tokenizer, split.texts, max_length), split.labels) for split in (train, test)]
-    if data_sha256(*tokenized) != results["sha256"]["data"]:
+    options = Options(**results["options"])
+    dataset = load_data(results["dataset"], options, results.get("dataset_commit"))
+    test = dataset.test
+    classifier = load_classifier(folder, max_length=options.max_length)
+    if data_sha256(*tokenize_examples(dataset, classifier.tokenizer, options.max_length)) != results["sha256"]["data"]:
         raise UserError(f"the data set {results['dataset']} has changed since the run")
     mistakes = []
     with progress_bar(len(test), "label", leave=False) as bar:
         for answer, label in zip(classifier.label(test.texts), test.labels, strict=True):
             truth = classifier.label_names[label]
-            if answer["label"] != truth:
+            if answer["label"] not in ("", truth):  # "": the tokenizer finds nothing in the text
                 mistakes.append(answer | {"truth": truth})
             bar.update()
     return sorted(mistakes, key=lambda answer: -answer["score"])

@@ -51,10 +51,10 @@ def test_jsonl_keeps_texts_labels_and_their_order(tmp_path):
 
 
 def test_label_names_are_numbered_alphabetically_in_both_parts(tmp_path):
-    train = jsonl(*({"text": "x", "label": name} for name in ["spam", "ham", "eggs"]))
+    train = jsonl(*({"text": "x", "label": name} for name in ["spam", "ham", "eggs", "ham", "eggs"]))
     dataset = read(tmp_path, train, jsonl({"text": "x", "label": "spam"}))
     assert dataset.label_names == ["eggs", "ham", "spam"]
-    assert dataset.train.labels.tolist() == [2, 1, 0]
+    assert dataset.train.labels.tolist() == [2, 1, 0, 1, 0]
     assert dataset.test.labels.tolist() == [2]
 
 
@@ -118,11 +118,13 @@ def test_ag_news_csv_joins_title_and_description(tmp_path, classes):
     assert dataset.label_names == (["World", "Sports"] if classes else ["1", "2"])
 
 
-def test_a_class_of_classes_txt_may_lack_training_rows(tmp_path):
+def test_every_class_has_training_rows_whatever_classes_txt_lists(tmp_path):
     (tmp_path / "classes.txt").write_text("A\nB\nC\n")
-    dataset = read(tmp_path, "1,x,y\n3,x,y\n", "2,x,y\n", suffix=".csv")
-    assert dataset.label_names == ["A", "B", "C"]
-    assert (dataset.train.labels.tolist(), dataset.test.labels.tolist()) == ([0, 2], [1])
+    dataset = read(tmp_path, "1,x,y\n3,x,y\n", "3,x,y\n", suffix=".csv")
+    assert dataset.label_names == ["A", "C"]
+    assert (dataset.train.labels.tolist(), dataset.test.labels.tolist()) == ([0, 1], [1])
+    with pytest.raises(UserError, match=r"test.csv, line 1: label 2 is not in the training part, which has 1, 3"):
+        read(tmp_path, "1,x,y\n3,x,y\n", "2,x,y\n", suffix=".csv")
 
 
 def test_classes_txt_begins_with_the_name_of_the_lowest_label(tmp_path):
@@ -154,10 +156,23 @@ def test_a_unicode_line_separator_does_not_end_a_line(tmp_path):
     assert read(tmp_path, rows).train.texts == ["a\u2028b\x85c", "d"]
 
 
-def test_first_takes_that_many_examples_with_their_labels(tmp_path):
-    train = read(tmp_path, jsonl(*({"text": str(i), "label": i % 2} for i in range(5)))).train
-    assert (train.first(3).texts, train.first(3).labels.tolist()) == (["0", "1", "2"], [0, 1, 0])
-    assert len(train.first(99)) == len(train.first(None)) == len(train) == 5
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_limit_draws_a_stratified_sample_in_the_order_of_the_file(tmp_path, seed):
+    """Of a file sorted by class, too: 60 are "neg", then 30 "pos", and 2 "rare"."""
+    labels = ["neg"] * 60 + ["pos"] * 30 + ["rare"] * 2
+    dataset = read(tmp_path, jsonl(*({"text": str(i), "label": label} for i, label in enumerate(labels))))
+    few = dataset.limited(31, 12, seed)
+    assert np.bincount(few.train.labels).tolist() == [20, 10, 1]
+    assert np.bincount(few.test.labels).tolist() == [7, 4, 1]
+    for part in (few.train, few.test):
+        numbers = list(map(int, part.texts))
+        assert numbers == sorted(set(numbers))
+        assert [labels[i] for i in numbers] == [few.label_names[label] for label in part.labels]
+    assert few.train.texts == dataset.limited(31, None, seed).train.texts != dataset.limited(31, None, seed + 1).train.texts
+    assert dataset.limited(None, 999, seed).train is dataset.train
+    assert dataset.limited(None, 999, seed).test is dataset.test
+    with pytest.raises(UserError, match="--train-limit is 2, but there are 3 classes to train on"):
+        dataset.limited(2, None, seed)
 
 
 def test_the_sample_is_balanced_and_without_repetition():

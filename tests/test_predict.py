@@ -4,8 +4,11 @@ import contextlib
 import csv
 import json
 import os
+import re
+import select
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,11 +21,11 @@ import transformers
 
 import predict
 from common.errors import UserError
-from data import load_dataset, read_texts
+from data import load_dataset, read_rows, read_texts
 from model import DistilBertConfig, DistilBertForSequenceClassification, load_pretrained, save_pretrained
 from training import inference
 from training.evaluation import confusion_matrix
-from training.inference import load_classifier
+from training.inference import in_parts, load_classifier
 
 ROOT = Path(__file__).parent.parent
 NAMES = ["World", "Sports", "Business", "Sci/Tech"]
@@ -286,3 +289,170 @@ def test_a_text_on_the_command_line_may_be_any_that_is_utf_8(whole_run, capsys):
     texts = [text for text in STRANGE if len(text) < 1000]
     assert [answer["text"] for answer in labelled(capsys, whole_run[0], "--json", *texts)] == texts
     assert r"'caf\udce9' on the command line is not UTF-8" in refused(capsys, whole_run[0], "--json", "caf\udce9")
+
+
+# A table in, a table out
+
+
+def answered(capsys, model: Path, source: Path, target: Path, *options: object) -> str:
+    """Label a file into another. Returns what was printed to standard error."""
+    command = [model, "--input", source, "--output", target, *options]
+    assert predict.main([str(argument) for argument in command]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == f"saved {target}\n"
+    return captured.err
+
+
+CSV = 'id,Ticket text,when\r\n7,"a ""quoted"", text",2024\r\n08,"two\nlines",\r\n'
+TSV = 'Ticket text\tid\na "b" c\t1\n'
+JSONL = (
+    '{"id": 7, "Ticket text": "a \\ud83e\\udd96", "tags": ["x", null], "half": "\\ud800"}\n{"id": 1.50, "Ticket text": "b"}\n'
+)
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "content", "expected"),
+    [
+        (".csv", ".csv", CSV, 'id,Ticket text,when,label,score\n7,"a ""quoted"", text",2024,{}\n08,"two\nlines",,{}\n'),
+        (".csv", ".tsv", "id;text\n1;a\n", "id\ttext\tlabel\tscore\n1\ta\t{}\n"),
+        (".tsv", ".tsv", TSV, 'Ticket text\tid\tlabel\tscore\n"a ""b"" c"\t1\t{}\n'),
+        (".csv", ".jsonl", "text,n\nx,1\n", '{{"text": "x", "n": "1", {}}}\n'),
+        (
+            ".jsonl",
+            ".JSONL",
+            JSONL,
+            '{{"id": 7, "Ticket text": "a \U0001f996", "tags": ["x", null], "half": "\\ud800", {}}}\n'
+            '{{"id": 1.5, "Ticket text": "b", {}}}\n',
+        ),
+        (
+            ".jsonl",
+            ".csv",
+            JSONL,
+            'id,Ticket text,tags,half,label,score\n7,a \U0001f996,"[""x"", null]",\\ud800,{}\n1.5,b,,,{}\n',
+        ),
+        (
+            ".json",
+            ".jsonl",
+            '[{"text": "a"},\n{"text": "b", "more": 1}]',
+            '{{"text": "a", {}}}\n{{"text": "b", "more": 1, {}}}\n',
+        ),
+        (".txt", ".csv", "one, two\nthree\n", 'text,label,score\n"one, two",{}\nthree,{}\n'),
+    ],
+)
+def test_a_table_keeps_its_columns_and_gets_label_and_score(small_model, capsys, tmp_path, source, target, content, expected):
+    path, output = tmp_path / f"in{source}", tmp_path / f"out{target}"
+    path.write_text(content, encoding="utf-8", newline="")
+    column = ["--text-column", "Ticket text"] if "Ticket" in content else []
+    answered(capsys, small_model, path, output, *column)
+    answers = labelled(capsys, small_model, "--input", path, *column)
+    form = '"label": "{label}", "score": {score}' if target.lower() == ".jsonl" else "{label},{score}"
+    form = form.replace(",", "\t") if target == ".tsv" else form
+    cells = [form.format(label=answer["label"], score=round(answer["score"], 6)) for answer in answers]
+    assert output.read_text(encoding="utf-8") == expected.format(*cells)
+    assert list(tmp_path.iterdir()) == [path, output] or list(tmp_path.iterdir()) == [output, path]
+
+
+def test_a_column_that_is_called_label_is_kept_beside_the_new_one(small_model, capsys, tmp_path):
+    """Nothing is lost: it may be the truth that the labels are compared with."""
+    path, output = tmp_path / "in.csv", tmp_path / "out.csv"
+    path.write_text("text,label\na,spam\n")
+    answered(capsys, small_model, path, output)
+    assert next(csv.DictReader(output.open()))["label"] == "spam"
+    assert output.read_text().splitlines()[0] == "text,label,predicted_label,predicted_score"
+    path.write_text("text,label,predicted_label\na,spam,ham\n")
+    assert "line 2: there is a field 'predicted_label' already" in refused(
+        capsys, small_model, "--input", path, "--output", output
+    )
+
+
+def test_an_output_is_written_whole_or_not_at_all(small_model, capsys, tmp_path):
+    path, output = tmp_path / "in.jsonl", tmp_path / "out.csv"
+    output.write_text("before")
+    path.write_text('{"text": "a"}\n{"text": "b", "more": 1}\n')
+    command = [small_model, "--input", path, "--output"]
+    assert "line 2: the first row has no field 'more'; write --output as .jsonl" in refused(capsys, *command, output)
+    assert output.read_text() == "before"
+    assert "would overwrite --input" in refused(capsys, *command, path)
+    assert "a table is written as .csv, .tsv, .jsonl, .ndjson" in refused(capsys, *command, tmp_path / "labels.xlsx")
+    assert "is not a file" in refused(capsys, *command, (tmp_path / "a.csv").mkdir() or tmp_path / "a.csv")
+    assert "cannot be written" in refused(capsys, *command, tmp_path / "none" / "out.csv")
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["a.csv", "in.jsonl", "out.csv"]
+
+
+def test_an_empty_text_gets_an_empty_label_with_a_reason(small_model, capsys, tmp_path):
+    """Empty is what the tokenizer finds nothing in."""
+    path, output = tmp_path / "in.csv", tmp_path / "out.csv"
+    path.write_text('id,text\n1,\n2,"  "\n3,\u200b\n4,a word\n', encoding="utf-8")
+    answers = labelled(capsys, small_model, "--input", path)
+    empty = {"label": "", "score": None, "scores": {}, "reason": "the text is empty"}
+    assert answers[:3] == [{"text": text} | empty for text in ("", "  ", "\u200b")]
+    assert answers[3]["label"].startswith("LABEL_")
+    assert "4 texts in" in (message := answered(capsys, small_model, path, output))
+    assert "; 3 without a label: the text is empty" in message
+    assert [line.endswith(",,") for line in output.read_text(encoding="utf-8").splitlines()] == [False, True, True, True, False]
+    assert predict.main([str(small_model), ""]) == 0
+    assert capsys.readouterr().out == "\n  no label: the text is empty\n"
+
+
+def test_a_text_below_the_threshold_gets_an_empty_label_and_keeps_its_scores(small_model, capsys):
+    sure = labelled(capsys, small_model, "--json", "a", "--threshold", 0.2)[0]
+    unsure = labelled(capsys, small_model, "--json", "a", "--threshold", 0.9)[0]
+    assert unsure == sure | {"label": "", "reason": "the score is below 0.9"}
+    assert predict.main([str(small_model), "a", "--threshold", "0.9"]) == 0
+    assert capsys.readouterr().out.splitlines()[:2] == ["a", "  no label: the score is below 0.9"]
+    for value in ("1.5", "-0.1", "nan"):
+        assert f"--threshold is {value}. It must be between 0 and 1" in refused(
+            capsys, small_model, "a", f"--threshold={value}"
+        )
+
+
+def test_progress_is_written_where_standard_error_is_a_file(small_model, capsys, tmp_path, monkeypatch):
+    """A line after every ten seconds of labelling, and one at the end."""
+    seconds = iter(range(0, 10_000, 6))
+    monkeypatch.setattr("tqdm.std.time", lambda: next(seconds))
+    (tmp_path / "in.txt").write_text("a\n" * 6)
+    assert predict.main([str(small_model), "--input", str(tmp_path / "in.txt")]) == 0
+    lines = capsys.readouterr().err.split("\r")
+    assert any(line.startswith("predict: 2 examples") for line in lines)
+    assert re.fullmatch(r"6 texts in \d+\.\d s", lines[-1].splitlines()[-1])
+
+
+def test_a_slow_producer_gets_answers_as_its_texts_come(small_model, tmp_path):
+    """And a fast one is read in large parts."""
+    reading, writing = os.pipe()
+    parts = in_parts(read_rows(Path(f"/dev/fd/{reading}")), as_they_come=True)
+    for text in ("one", "two"):
+        os.write(writing, f"{text}\n".encode())
+        assert [row.text for row in next(parts)] == [text]
+    os.write(writing, b"three\nfour\nfive")
+    os.close(writing)
+    assert [[row.text for row in part] for part in parts] == [["three", "four", "five"]]
+    os.close(reading)
+
+    def fails():
+        yield from "ab"
+        raise UserError("line 3")
+
+    parts = in_parts(fails(), as_they_come=True)
+    assert next(parts) == ["a", "b"]
+    with pytest.raises(UserError, match="line 3"):
+        next(parts)
+
+
+def test_answers_leave_as_they_come(small_model, monkeypatch):
+    """Not when standard output's buffer is full."""
+    reading, writing = os.pipe()
+    answers, output = os.pipe()
+    with open(output, "w") as stdout:
+        monkeypatch.setattr("sys.stdout", stdout)
+        command = [str(small_model), "--input", f"/dev/fd/{reading}"]
+        running = threading.Thread(target=predict.main, args=[command])
+        running.start()
+        for text in ("one", "two"):
+            os.write(writing, f"{text}\n".encode())
+            assert select.select([answers], [], [], 30)[0]
+            assert json.loads(os.read(answers, 10_000))["text"] == text
+        os.close(writing)
+        running.join()
+    os.close(reading)
+    os.close(answers)

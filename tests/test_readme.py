@@ -90,15 +90,15 @@ def place(tmp_path_factory, whole_run) -> Path:
     """Where a reader stands: a clone with a run, a folder of their own text, and a file to label."""
     folder = tmp_path_factory.mktemp("reader")
     for path in ROOT.iterdir():
-        if path.name not in (".git", "runs", "my", "news.csv", "labels.jsonl"):
+        if path.name not in (".git", "runs", "my", "tickets.csv", "new.csv", "labels.jsonl"):
             (folder / path.name).symlink_to(path)
     (folder / "runs").mkdir()
     (folder / RUN).symlink_to(whole_run[0])
     (folder / "my" / "folder").mkdir(parents=True)
-    for name in ("train", "test"):
-        rows = "".join(f"report {i} of the {kind},{kind}\n" for i in range(8) for kind in ("match", "market"))
-        (folder / "my" / "folder" / f"{name}.csv").write_text("text,label\n" + rows)
-    (folder / "news.csv").write_text('text\nOil prices rose on Monday\n"The cup final, at last"\n')
+    rows = "".join(f"my {kind} {i} is wrong,{kind}\n" for i in range(8) for kind in ("billing", "login"))
+    for name in ("my/folder/train.csv", "my/folder/test.csv", "tickets.csv"):
+        (folder / name).write_text("text,label\n" + rows)
+    (folder / "new.csv").write_text('text\nMy password is wrong\n"Refund me, please"\n')
     return folder
 
 
@@ -238,19 +238,18 @@ def test_every_file_and_link_that_is_named_exists(document):
 
 
 @pytest.mark.slow
-def test_a_newcomer_gets_from_a_clone_to_labelled_text_in_four_commands(tmp_path, place):
+def test_a_newcomer_gets_from_a_clone_to_labelled_text_in_three_commands(tmp_path, place):
     """In a fresh environment, as the README has them: it installs torch, which takes minutes."""
-    four = re.search(r"(?:^    (?:git|pip|python) .*\n){4}", TEXTS["README.md"], flags=re.MULTILINE)
-    assert four
-    first, install, teach, label = four[0].splitlines()
+    three = re.search(r"^    git .*\n(?:    python .*\n){2}", TEXTS["README.md"], flags=re.MULTILINE)
+    assert three
+    install, teach, label = three[0].splitlines()
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     script = f"""
 set -e
 cd {tmp_path}
 source venv/bin/activate
-{first.replace("URL", str(ROOT))}
-mkdir my && cp -r {place}/my/folder my/folder && cp {place}/news.csv .
-{install}
+{install.replace("URL", str(ROOT))}
+cp {place}/tickets.csv {place}/new.csv .
 {teach} --model minilm
 {label.replace(RUN, "runs/*")}
 cat labels.jsonl
@@ -258,8 +257,8 @@ cat labels.jsonl
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     answers = [json.loads(line) for line in done.stdout.splitlines()[-2:]]
-    assert [answer["text"] for answer in answers] == ["Oil prices rose on Monday", "The cup final, at last"]
-    assert {answer["label"] for answer in answers} <= {"match", "market"}
+    assert [answer["text"] for answer in answers] == ["My password is wrong", "Refund me, please"]
+    assert {answer["label"] for answer in answers} <= {"billing", "login"}
 
 
 if __name__ == "__main__":

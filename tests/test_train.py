@@ -17,8 +17,9 @@ from tokenizers import Tokenizer
 
 from common.errors import UserError
 from lora import PeftModel
-from model import load_pretrained, save_pretrained
+from model import DistilBertConfig, DistilBertForSequenceClassification, load_pretrained, save_pretrained
 from model.pretrained import EMBEDDED_SHA256
+from reporting.results import find_mistakes
 from train import main
 from training.device import DTYPES, cast_frozen_matrices, choose_dtype, peak_memory_mb, time_products
 from training.evaluation import confusion_matrix, macro_f1
@@ -45,6 +46,36 @@ def test_macro_f1_leaves_out_only_absent_classes():
     assert macro_f1(confusion_matrix(labels, predictions, 4)) == pytest.approx(f1)
     predictions[3] = 2  # never right, but predicted
     assert macro_f1(confusion_matrix(labels, predictions, 4)) == pytest.approx((1 + 2 / 3 + 0) / 3)
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [["--train-limit", "50", "--test-limit", "15"], ["--test-share", "0.2", "--text-column", "said", "--label-column", "kind"]],
+)
+def test_a_file_sorted_by_class_trains_and_tests_both_classes(tmp_path, small_model, capsys, typed):
+    """The counts are printed before training; a report draws the same examples."""
+    rows = [f"a text {i} that is {kind},{kind}\n" for kind in ("neg", "pos") for i in range(60)]
+    if "--test-limit" in typed:
+        for part in ("train", "test"):
+            (tmp_path / f"{part}.csv").write_text("text,label\n" + "".join(rows))
+        dataset, counts = tmp_path, "  neg                  25 + 8\n  pos                  25 + 7\n"
+    else:
+        dataset, counts = (
+            tmp_path / "my.csv",
+            "  neg                  48 + 12\n  pos                  48 + 12\nmy.csv: 24 of 120 rows",
+        )
+        dataset.write_text("id,said,kind\n" + "".join(f"{i},{row}" for i, row in enumerate(rows)))
+    config = DistilBertConfig(dim=32, n_layers=2, n_heads=2, hidden_dim=64, num_labels=2)
+    model, tokenizer = DistilBertForSequenceClassification(config), Tokenizer.from_file(str(small_model / "tokenizer.json"))
+    save_pretrained(model, tokenizer, tmp_path / "base")
+    run = tmp_path / "run"
+    where = ["--dataset", str(dataset), "--model", str(tmp_path / "base"), "--output-dir", str(run)]
+    assert main([*where, *typed, "--epochs", "1", "--max-length", "16", "--dtype", "float32", "--quiet"]) == 0
+    out = capsys.readouterr().out
+    assert counts in out[: out.index("trainable params")]
+    results = json.loads((run / "results.json").read_text())
+    assert None not in results["after"]["per_class_f1"].values()
+    find_mistakes(run, results)  # raises if the data is not what was trained on
 
 
 def test_the_learning_rate_rises_and_falls_linearly():

@@ -58,6 +58,7 @@ class Checkpoint:
     processes: int
     fingerprint: dict[str, Any]
     before: list[list[int]]  # the confusion matrix before training
+    dataset_commit: str | None = None
 
     @property
     def run(self) -> Path:

@@ -113,6 +113,8 @@ def scores(matrix: np.ndarray, label_names: list[str]) -> dict[str, Any]:
     }
 
 
-def progress_bar(total: int | None, title: str, leave: bool = True, quiet: bool = False) -> tqdm:
+def progress_bar(total: int | None, title: str, leave: bool = True, quiet: bool = False, at_once: bool = True) -> tqdm:
+    """A bar on standard error. In a log file it writes a line every ten seconds; the first one is `at_once` or after ten."""
     interval = 0.2 if sys.stderr.isatty() else 10.0  # seconds; a log file needs fewer lines than a screen
-    return tqdm(total=total, desc=title, unit=" examples", mininterval=interval, leave=leave, disable=quiet)
+    delay = 0.0 if at_once else interval
+    return tqdm(total=total, desc=title, unit=" examples", mininterval=interval, leave=leave, disable=quiet, delay=delay)

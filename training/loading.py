@@ -5,12 +5,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 
 from common.errors import UserError
 from common.hub import HubUnreachable
-from data import load_dataset, tokenize
+from data import Dataset, load_dataset, tokenize
 from lora import LoraConfig
 from model import DistilBertForSequenceClassification, load_pretrained, resolve_revision, weights_sha256
 from training.checkpoint import Checkpoint
@@ -29,13 +30,14 @@ class Inputs:
     model: str  # the name of the model and of the data set, typed or chosen
     dataset: str
     commit: str | None  # of the model, if it comes from the hub
+    dataset_commit: str | None  # likewise
     revision: str | None
     sha256: dict[str, str]  # of the "weights" and the "data"
     notice: str  # not empty if the embedded model or data is used instead
 
     def provenance(self) -> dict[str, Any]:
         """What a checkpoint records, so that a resumed run loads the same."""
-        return {"model": self.model, "commit": self.commit, "dataset": self.dataset, "notice": self.notice}
+        return {name: getattr(self, name) for name in ("model", "commit", "dataset", "dataset_commit", "notice")}
 
     def load_base(self) -> DistilBertForSequenceClassification:
         """The base model once more, with another new head."""
@@ -47,7 +49,14 @@ def load_inputs(options: Options, checkpoint: Checkpoint | None) -> Inputs:
     dataset_name, model_name = (checkpoint.dataset, checkpoint.model) if checkpoint else (options.dataset, options.model)
     if model_name is None and options.revision is not None:
         model_name = DEFAULT_MODEL  # without a fallback: the embedded model has no revisions
-    dataset, dataset_name, data_notice = load_with_fallback(load_dataset, dataset_name, DEFAULT_DATASET, EMBEDDED_DATASET)
+    if dataset_name is None and options.dataset_revision is not None:
+        dataset_name = DEFAULT_DATASET  # likewise
+
+    def load_data_at_commit(name: str) -> Dataset:
+        return load_data(name, options, (checkpoint and checkpoint.dataset_commit) or options.dataset_revision)
+
+    loaded_data = load_with_fallback(load_data_at_commit, dataset_name, DEFAULT_DATASET, EMBEDDED_DATASET)
+    dataset, dataset_name, data_notice = loaded_data
 
     def load_at_commit(name: str) -> tuple[DistilBertForSequenceClassification, Tokenizer, str | None]:
         # a branch may move during training, so the run keeps to one commit
@@ -67,10 +76,9 @@ def load_inputs(options: Options, checkpoint: Checkpoint | None) -> Inputs:
     if options.r > base.config.dim:
         raise UserError(f"--r is {options.r}, but the weights of {model_name} have rank {base.config.dim} at most")
 
-    train_split, test_split = dataset.train.first(options.train_limit), dataset.test.first(options.test_limit)
-    train = Examples(tokenize(tokenizer, train_split.texts, options.max_length), train_split.labels)
-    test = Examples(tokenize(tokenizer, test_split.texts, options.max_length), test_split.labels)
-    print(f"model {model_name}, data {dataset_name}: {len(train_split):,} training examples, {len(test_split):,} test examples")
+    train, test = tokenize_examples(dataset, tokenizer, options.max_length)
+    sizes = f"{len(dataset.train):,} training examples, {len(dataset.test):,} test examples"
+    print(f"model {model_name}, data {dataset_name}: {sizes}", *class_counts(dataset), *dataset.notes, sep="\n")
     revision = commit or options.revision
     return Inputs(
         base=base,
@@ -82,10 +90,30 @@ def load_inputs(options: Options, checkpoint: Checkpoint | None) -> Inputs:
         model=model_name,
         dataset=dataset_name,
         commit=commit,
+        dataset_commit=dataset.commit,
         revision=revision,
         sha256={"weights": weights_sha256(model_name, revision), "data": data_sha256(train, test)},
         notice=notice,
     )
+
+
+def load_data(name: str, options: Options, revision: str | None) -> Dataset:
+    """The data of a run, within its limits."""
+    dataset = load_dataset(name, options.text_column, options.label_column, options.test_share, options.seed, revision)
+    return dataset.limited(options.train_limit, options.test_limit, options.seed)
+
+
+def tokenize_examples(dataset: Dataset, tokenizer: Tokenizer, max_length: int) -> tuple[Examples, Examples]:
+    train, test = (Examples(tokenize(tokenizer, part.texts, max_length), part.labels) for part in (dataset.train, dataset.test))
+    return train, test
+
+
+def class_counts(dataset: Dataset) -> list[str]:
+    """A line for each class, so that a wrong one shows before training."""
+    number = len(dataset.label_names)
+    counts = [np.bincount(part.labels, minlength=number).tolist() for part in (dataset.train, dataset.test)]
+    lines = [f"  {name:<20} {train:,} + {test:,}" for name, train, test in zip(dataset.label_names, *counts, strict=True)]
+    return lines if number <= 20 else [*lines[:20], f"  and {number - 20} more classes"]
 
 
 def data_sha256(train: Examples, test: Examples) -> str:

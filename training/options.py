@@ -31,11 +31,26 @@ class Options:
         None, f"hub id, folder or {EMBEDDED_MODEL} [{DEFAULT_MODEL}; {EMBEDDED_MODEL} if the hub cannot be reached]"
     )
     dataset: str | None = option(
-        None, f"ag_news, sample or a folder [{DEFAULT_DATASET}; {EMBEDDED_DATASET} if the hub cannot be reached]"
+        None,
+        "a file, a folder with train and test, user/name on the hub, ag_news or sample "
+        f"[{DEFAULT_DATASET}; {EMBEDDED_DATASET} if the hub cannot be reached]",
     )
+    text_column: tuple[str, ...] = option(
+        (), "columns with the text, joined if there are several: names, or numbers from 1 if there is no header [text]"
+    )
+    label_column: str | None = option(None, "column with the label, likewise [label]")
+    test_share: float | None = option(
+        None, "share of the rows to put aside, at random by --seed, if there is no test part [0.1]", minimum=0.001, maximum=0.9
+    )
+    dataset_revision: str | None = option(None, "commit, branch or tag of the data set on the hub")
     revision: str | None = option(None, "commit, branch or tag of the model on the hub")
-    train_limit: int | None = option(None, "use only the first N training examples", minimum=1, maximum=2**31 - 1)
-    test_limit: int | None = option(None, "use only the first N test examples", minimum=1, maximum=2**31 - 1)
+    train_limit: int | None = option(
+        None,
+        "use only N training examples, drawn at random, each class as often as before",
+        minimum=1,
+        maximum=2**31 - 1,
+    )
+    test_limit: int | None = option(None, "use only N test examples, likewise", minimum=1, maximum=2**31 - 1)
     method: str = option(
         "lora",
         "what to train: lora (adapters and head), head (only the head), full (every weight)",
@@ -66,7 +81,9 @@ class Options:
         0.1, "fraction of the steps in which the learning rate rises from 0; then it falls linearly to 0", minimum=0, maximum=1
     )
     max_length: int = option(256, "maximum tokens per text; the rest is cut off", minimum=3, maximum=2**31 - 1)
-    seed: int = option(0, "seed of the head, the adapters, the order of the examples and dropout", minimum=0, maximum=2**63 - 1)
+    seed: int = option(
+        0, "seed of the head, the adapters, the order of the examples, dropout and what is drawn", minimum=0, maximum=2**63 - 1
+    )
     resume: str | None = option(None, "continue the stopped run in this folder, with the options that it began with")
     checkpoint_every: int | None = option(
         None, "steps between checkpoints [every 30 s, at most 1 %% of the run time]", minimum=1, maximum=2**31 - 1
@@ -83,7 +100,7 @@ class Options:
     device: str = option("auto", "auto (the best available), cpu, cuda, mps", choices=("auto", "cpu", "cuda", "mps"))
 
     def __post_init__(self) -> None:
-        self.target_modules = tuple(self.target_modules)
+        self.target_modules, self.text_column = tuple(self.target_modules), tuple(self.text_column)
         for item in dataclasses.fields(self):
             check(flag(item.name), getattr(self, item.name), **item.metadata)
         if self.learning_rate is None:
@@ -163,6 +180,6 @@ def parse(arguments: list[str] | None, description: str | None) -> dict[str, Any
             nargs="+" if several else None,
             default=argparse.SUPPRESS,
             metavar=kind.__name__.upper(),
-            help=help if default is None else f"{help} [{default}]",
+            help=help if default in (None, "") else f"{help} [{default}]",
         )
     return vars(parser.parse_args(arguments))

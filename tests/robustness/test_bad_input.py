@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 import train
 from common.errors import UserError
 from common.files import write_file
-from data import evaluation_batches, load_dataset, tokenize
+from data import evaluation_batches, load_dataset, read_texts, tokenize
 from model import DistilBertConfig, DistilBertForSequenceClassification, load_pretrained, save_pretrained
 from model.pretrained import HEAD
 from training.evaluation import ModelRunner, compute_logits
@@ -109,6 +109,8 @@ def data_refusal(folder, **files):
 @pytest.mark.parametrize(
     ("row", "says"),
     [
+        ('{"text": "x", "label": 1, "label": 0}', ["'label' is there twice", "remove one"]),
+        ('{"text": "x", "label": 1} {"text": "y", "label": 0}', ["more than one value, at column 26"]),
         ('{"text": "x", "label" 1}', ["':' delimiter at column 23", "one whole object per line"]),
         ('{"text": "x",', ["not JSON", "one whole object per line"]),
         pytest.param("[" * 100_000, ["not JSON"], id="nested too deeply"),
@@ -154,9 +156,11 @@ def test_a_bad_row_in_the_test_part_is_refused_with_its_line(tmp_path):
         ('text,label\n" ",0\n', 2, ["the text is empty"]),
         ("text,label\nfine,0\nx,\n", 3, ["the label is empty"]),
         ("text,label\nfine,good\nx,2\n", 3, ["the label 2 after 'good'"]),
-        ("sentence;mood\nfine;0\n", 1, ['no column is called "text"', "begin the file with a header"]),
+        ("sentence;mood\nfine;0\n", 1, ['no column is called "text"', "'sentence', 'mood'", "--text-column", "--label-column"]),
+        ("text,label,label\nfine,0,1\n", 1, ["two columns are called 'label'", "rename one"]),
+        ("text,label\nfine,0\nx,1\ntext,label\ny,0\n", 4, ["the header once more", "remove the row"]),
+        ("text,LABEL,label\nfine,0,1\n", 1, ["two columns are called 'label'", "rename one"]),
         ('"1","fine","day"\n"2","no description"\n', 2, ["2 fields, but 3 columns", "quotes around each text"]),
-        ('"class","title","description"\n"1","fine","day"\n', 1, ['no column is called "text"']),
         ('"1","fine","day"\n"2",""," "\n', 2, ["the text is empty"]),
     ],
 )
@@ -176,11 +180,17 @@ def test_bytes_that_are_not_utf_8_are_refused_with_their_line(tmp_path, before, 
     good = header + row * before
     message = data_refusal(tmp_path, **{f"train_{suffix}": good.encode() + bad.encode("latin-1")})
     assert message.startswith(f"{tmp_path / 'train'}.{suffix}, line {good.count(chr(10)) + 1}: not UTF-8")
+    assert "café" in message
     assert message.endswith("save the file as UTF-8")
 
 
-def test_a_file_in_utf_16_is_refused(tmp_path):
-    assert "line 1: not UTF-8" in data_refusal(tmp_path, train_jsonl=GOOD.encode("utf-16"))
+def test_the_command_that_converts_a_file_is_named_with_an_excerpt_to_judge_by(tmp_path):
+    message = data_refusal(tmp_path, train_csv="text;label\nIm Café zu heiß;0\n".encode("cp1252"))
+    assert f"line 2: not UTF-8 (if 'Im Café zu heiß;0' reads right: iconv -f WINDOWS-1252 -t UTF-8 {tmp_path}" in message
+
+
+def test_half_a_file_in_utf_16_is_refused(tmp_path):
+    assert "begins as UTF-16, but is not" in data_refusal(tmp_path, train_jsonl=GOOD.encode("utf-16")[:-1])
 
 
 @pytest.mark.parametrize(
@@ -199,15 +209,15 @@ def test_a_test_part_without_rows_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("train_rows", "says"),
     [
-        ([(0, None), (2, None)], [", line 2: label 2 does not fit the 2 classes", "from 0 to 1"]),
-        ([(2, None), (3, None)], [", line 2: label 3 does not fit the 2 classes", "from 1 to 2"]),
-        ([(-1, None), (0, None)], [", line 1: label -1 does not fit the 2 classes"]),
-        ([(0, None), (10**400, None)], [", line 2: label 1000", "... does not fit the 2 classes"]),
         ([(1, None), (1, None)], ["every row has the label 1", "at least two classes"]),
         ([("a", None)], ["every row has the label 'a'", "at least two classes"]),
+        ([("a ", None), ("a", None)], ["every row has the label 'a'", "at least two classes"]),
+        ([("1", None), (1, None)], ["every row has the label 1", "at least two classes"]),
         ([(0, "A"), (1, "B"), (0, "C")], [", line 3: label 0 is called 'C' here and 'A' before"]),
         ([(0, "A"), (1, "B"), (0, None)], [", line 3: label 0 is called '0' here and 'A' before"]),
         ([(0, "A"), (1, "A")], [", line 2: labels 0 and 1 are both called 'A'", "its own name"]),
+        ([(0, "A"), (1, "A ")], [", line 2: labels 0 and 1 are both called 'A'", "its own name"]),
+        ([(i, None) for i in range(9)], ["9 of 9 rows have a label that no other row has (text from text, label from label)"]),
     ],
 )
 def test_labels_that_do_not_form_classes_are_refused(tmp_path, train_rows, says):
@@ -226,7 +236,7 @@ def test_a_label_that_only_the_test_part_has_is_refused(tmp_path, label):
 
 
 def test_texts_in_place_of_labels_are_shown_in_one_short_line(tmp_path):
-    rows = [{"text": "x", "label": f"A whole article\nof many words, number {i}. " * 50} for i in range(20)]
+    rows = [{"text": "x", "label": f"A whole article\nof many words, number {i}. " * 50} for i in [*range(20), *range(20)]]
     test = [{"text": "x", "label": "a line\nand another" * 100}]
     files = {f"{part}_jsonl": "".join(json.dumps(row) + "\n" for row in r) for part, r in [("train", rows), ("test", test)]}
     assert "test.jsonl, line 1" in data_refusal(tmp_path, **files)
@@ -252,19 +262,47 @@ def test_classes_txt_does_not_hide_that_there_is_only_one_class(tmp_path):
 @pytest.mark.parametrize(
     ("files", "says"),
     [
-        ({"train_jsonl": GOOD, "train_csv": "text,label\nx,0\ny,1\n"}, "both"),
-        ({"readme_txt": "nothing"}, "neither"),
-        ({"test_jsonl": GOOD}, "neither"),
+        ({"train_jsonl": GOOD, "train_csv": "text,label\nx,0\ny,1\n"}, "contains both train.csv and train.jsonl: move one"),
+        ({"notes_md": "", "tickets_csv": "text,label\n"}, "contains no train.csv, .tsv or .jsonl, but notes.md, tickets.csv: "),
+        ({"test_jsonl": GOOD}, "contains no train.csv, .tsv or .jsonl, but test.jsonl: rename one of its files"),
+        ({}, "contains no train.csv, .tsv or .jsonl, but nothing: "),
     ],
 )
-def test_a_folder_with_two_training_parts_or_none_is_refused(tmp_path, files, says):
-    assert data_refusal(tmp_path, **files) == f"{tmp_path} contains {says} of train.jsonl and train.csv; one is needed"
+def test_a_folder_with_two_training_parts_or_none_is_refused_with_what_it_contains(tmp_path, files, says):
+    assert data_refusal(tmp_path, **files).startswith(f"{tmp_path} {says}")
 
 
-def test_a_folder_without_a_test_part_is_refused_with_the_remedy(tmp_path):
-    (tmp_path / "train.csv").write_text("text,label\nx,0\ny,1\n")
-    message = refusal(load_dataset, str(tmp_path))
-    assert message == f"{tmp_path} contains train.csv but not test.csv: move some rows there to test on"
+def test_a_test_part_without_labels_is_refused_with_the_remedy(tmp_path):
+    """As that of GLUE, or of a competition."""
+    message = data_refusal(tmp_path, train_tsv="text\tlabel\nx\t0\ny\t1\n", test_tsv="id\ttext\tlength\n0\tx\t1\n")
+    assert message.startswith(
+        f"{tmp_path / 'test.tsv'}, line 1: no column is called \"label\"; there are 'id', 'text', 'length'"
+    )
+    assert message.endswith(f"Or test on a share of the training part: --dataset {tmp_path / 'train.tsv'}")
+
+
+def test_a_file_of_another_kind_is_refused_by_its_suffix(tmp_path):
+    for name in ("tickets.xlsx", "tickets.parquet", "tickets.csv.gz"):
+        (tmp_path / name).write_bytes(b"PK")
+        suffix = name[name.rindex(".") :]
+        for call in (load_dataset, lambda path: list(read_texts(Path(path)))):
+            message = refusal(call, str(tmp_path / name))
+            assert message == f"{tmp_path / name}: a {suffix} file is not read; save it as .csv, .tsv, .jsonl or .json"
+
+
+def test_a_json_array_is_refused_with_the_line_of_the_object(tmp_path):
+    objects = '[\n {"text": "x", "label": 0},\n {"text": "y", "label": 1}%s'
+    for end, says in {
+        ',\n {"text": "z"}\n]': 'line 4: "label" is missing',
+        ',\n {"text": "z" "label": 1}]': "line 4: not JSON (Expecting ',' delimiter at column 15)",
+        '\n {"text": "z", "label": 1}]': "line 3: not JSON (after this object there is neither a comma nor the end)",
+        "": "line 3: not JSON (after this object there is neither a comma nor the end)",
+        "] 1": "line 3: not JSON (after this object there is neither a comma nor the end)",
+        ",\n 7]": "line 4: not a JSON object",
+        ',\n {"text": "z", "label": 1, "text": ""}]': "line 4: 'text' is there twice",
+    }.items():
+        assert says in data_refusal(tmp_path, train_json=objects % end)
+    assert "has no rows" in data_refusal(tmp_path, train_json="[ ]\n")
 
 
 def test_a_folder_in_place_of_a_file_is_refused(tmp_path):
@@ -273,17 +311,14 @@ def test_a_folder_in_place_of_a_file_is_refused(tmp_path):
     assert refusal(load_dataset, str(tmp_path)).startswith(f"{tmp_path / 'train.jsonl'} cannot be read")
 
 
-def test_a_file_in_place_of_a_data_set_is_refused(tmp_path):
-    """The message names the files that the folder should contain."""
-    (tmp_path / "my.csv").write_text("text,label\n")
-    message = refusal(load_dataset, str(tmp_path / "my.csv"))
-    assert message == f"{tmp_path / 'my.csv'} is a file: name a folder that contains train.csv and test.csv"
-
-
-@pytest.mark.parametrize("name", ["agnews", "no/such/folder", "two\nlines", pytest.param("x" * 300, id="long")])
+@pytest.mark.parametrize(
+    "name", ["agnews", "no/such/folder", "no/tickets.csv", "two\nlines", pytest.param("x" * 300, id="long")]
+)
 def test_an_unknown_data_set_is_refused_with_the_known_names(name):
     message = refusal(load_dataset, name)
-    assert message == f"there is no data set {name!r}: name a folder, or one of ag_news and sample"
+    assert (
+        message == f"there is no data set {name!r}: name a file, a folder, user/name on the hub, or one of ag_news and sample"
+    )
 
 
 # Models
@@ -369,7 +404,7 @@ def test_weights_that_contradict_the_configuration_are_refused(model, changes, s
 def test_a_head_for_another_number_of_classes_is_refused(classifier_folder):
     """With both numbers and the remedy."""
     message = model_refusal(classifier_folder, num_labels=4)
-    assert message.endswith("model.safetensors has a head for 2 classes, but the data has 4: use the base model")
+    assert message.endswith("model.safetensors has a head for 2 classes, but 4 are needed: use the base model")
 
 
 @pytest.mark.parametrize(
@@ -536,7 +571,7 @@ def test_an_option_beyond_the_models_limit_is_refused(capsys, tmp_path, base_fol
 def test_errors_in_data_or_model_reach_the_command_line(capsys, tmp_path, classifier_folder):
     data = data_folder(tmp_path / "data", train_jsonl=GOOD + "[]\n")
     assert run_refusal(capsys, tmp_path, dataset=data).startswith(f"{Path(data, 'train.jsonl')}, line 3: ")
-    assert "has a head for 2 classes, but the data has 4" in run_refusal(capsys, tmp_path, model=classifier_folder)
+    assert "has a head for 2 classes, but 4 are needed" in run_refusal(capsys, tmp_path, model=classifier_folder)
     assert run_refusal(capsys, tmp_path, dataset="agnews").startswith("there is no data set 'agnews'")
 
 

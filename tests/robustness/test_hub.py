@@ -365,6 +365,49 @@ print(json.dumps([
     assert run(hub.url, home, code) == expected
 
 
+def test_a_data_set_of_a_user_comes_from_the_hub_and_then_from_the_cache(hub, home):
+    """As .jsonl or .csv, in the root or in data/, at one commit even if main moves, and without a test part."""
+    jsonl = b"".join(b'{"text": "text %d", "label": "%s"}\n' % (i, b"ab"[i % 2 :][:1]) for i in range(20))
+    table = b"text,label\n" + b"".join(b"row %d,%d\n" % (i, i % 2) for i in range(20))
+    old = hub.add("datasets/ann/lines", {"train.jsonl": jsonl, "test.jsonl": jsonl[:60], "train.csv": b"not this one"})
+    pinned = hub.add("datasets/ann/table", {"data/train.csv": table, "data/test.csv": table[:40]}, branch="v1")
+    hub.add("datasets/ann/table", {"README.md": b""})
+    hub.add("datasets/ann/one", {"train.csv": table})
+    hub.add("datasets/ann/parquet", {"data/train-00000-of-00001.parquet": b"PAR1"})
+
+    def move(request) -> None:
+        if request[::3] == ("GET", "train.jsonl"):
+            hub.add("datasets/ann/lines", {"train.jsonl": b"", "test.jsonl": b""})
+
+    hub.after = move
+    code = """
+def sizes(name, revision=None):
+    data = load_dataset(name, revision=revision)
+    return [len(data.train), len(data.test), data.label_names, data.commit]
+cases = [("ann/lines", sys.argv[1] or None), ("ann/table", "v1"), ("ann/one",), ("ann/table",), ("ann/parquet",), ("ann/none",),
+         ("sample", "v1")]
+print(json.dumps([attempt(sizes, *case) for case in cases]))
+"""
+    lines, pinned_table, one, *refused = run(hub.url, home, code, "")
+    assert lines["value"] == [20, 2, ["a", "b"], old]
+    assert hub.branches["datasets/ann/lines"]["main"] != old  # it did move
+    assert pinned_table["value"] == [20, 4, ["0", "1"], pinned]
+    assert one["value"][:3] == [18, 2, ["0", "1"]]
+    says = [
+        "ann/table has no train.jsonl, train.csv",
+        "ann/parquet has no train.jsonl, train.csv",
+        "'ann/none'",
+        "no revisions",
+    ]
+    for refusal, words in zip(refused, says, strict=True):
+        assert refusal["error"] == "UserError", refusal
+        assert words in refusal["message"]
+    hub.stop()
+    cached = run(hub.url, home, code, old)
+    assert [answer.get("value") for answer in cached[:3]] == [lines["value"], pinned_table["value"], one["value"]]
+    assert cached[5]["error"] == "HubUnreachable"
+
+
 def test_without_a_hub_the_embedded_model_and_data_are_used(hub, home, tmp_path):
     """The run says so first and last."""
     hub.stop()
