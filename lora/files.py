@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,29 @@ from torch import Tensor
 
 from lora.errors import UserError
 
+LARGEST_JSON = 1 << 26  # bytes; the parsed value may take 20 times as many
+
+
+def read_bytes(path: Path, largest: int = LARGEST_JSON) -> bytes:
+    """The content of a regular file. Raises UserError for anything else, such as a pipe that never ends, or too many bytes."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{path} is not a regular file. Fetch or write it again")
+    if status.st_size > largest:
+        raise UserError(f"{path} has {status.st_size:,} bytes. More than {largest:,} are not read. Fetch or write it again")
+    return path.read_bytes()
+
 
 def read_json(path: Path, kind: type = dict) -> Any:
     """The JSON value in a file, of type `kind`. Raises UserError if it is missing, damaged or of another type."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_bytes(path).decode())
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except UserError:
+        raise
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON in UTF-8 ({error}). Fetch or write it again") from error
     if not isinstance(value, kind):
