@@ -26,7 +26,7 @@ def run(arguments: list[str] | None) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print JSON Lines for texts on the command line, too")
     parser.add_argument("--model", help="the base model [the one that the adapter names]")
-    parser.add_argument("--max-length", type=int, default=256, help="maximum tokens per text; the rest is cut off [256]")
+    parser.add_argument("--max-length", type=int, help="maximum tokens per text; the rest is cut off [as in training]")
     parser.add_argument("--device", default="auto", help="auto (the best available), cpu, cuda, mps [auto]")
     options = parser.parse_intermixed_args(arguments)
     if options.texts and options.input is not None:

@@ -26,6 +26,14 @@ class HubUnreachable(UserError):
     """The hub does not answer, and the cache on this machine lacks the file."""
 
 
+class NotOnHub(UserError):
+    """The hub has no such repository."""
+
+
+class FileNotOnHub(UserError):
+    """The repository has no such file."""
+
+
 @functools.cache
 def hub_is_reachable(seconds: float = 8.0) -> bool:
     """Whether the hub answers within `seconds`. Asked once per run."""
@@ -42,8 +50,8 @@ def hub_is_reachable(seconds: float = 8.0) -> bool:
 def hub_file(repo_id: str, filename: str, revision: str | None = None, repo_type: str = "model") -> Path:
     """The path of a file of the hub in the client's cache, downloaded if it is not there yet.
 
-    Raises HubUnreachable if the hub does not answer and the cache lacks the file, and UserError if the repository,
-    revision or file does not exist, or the download fails.
+    Raises HubUnreachable if the hub does not answer and the cache lacks the file, NotOnHub or FileNotOnHub if it does not
+    exist, and UserError if the revision does not exist, or the download fails.
     """
     kind = {"model": "model", "dataset": "data set"}[repo_type]
     try:
@@ -54,17 +62,17 @@ def hub_file(repo_id: str, filename: str, revision: str | None = None, repo_type
         if isinstance(cached, str):
             return Path(cached)
     except errors.HFValidationError:
-        raise UserError(f"{repo_id!r} is neither a folder nor the name of a {kind} on the hub: check the spelling") from None
+        raise NotOnHub(f"{repo_id!r} is neither a folder nor the name of a {kind} on the hub: check the spelling") from None
     except errors.RevisionNotFoundError:
         raise UserError(f"the {kind} {repo_id} has no revision {revision!r} on the hub: check the spelling") from None
     except errors.GatedRepoError:
         raise UserError(f"the {kind} {repo_id} is gated: ask for access on its page, then run 'hf auth login'") from None
     except errors.RepositoryNotFoundError:
-        raise UserError(f"there is no {kind} {repo_id!r}, neither as a folder here nor on {constants.ENDPOINT}") from None
+        raise NotOnHub(f"there is no {kind} {repo_id!r}, neither as a folder here nor on {constants.ENDPOINT}") from None
     except errors.LocalEntryNotFoundError as error:
         raise UserError(f"the hub did not deliver {filename} of {repo_id} ({_reason(error)}): try again") from error
     except errors.EntryNotFoundError:
-        raise UserError(f"the {kind} {repo_id} has no {filename} on the hub, and no other file can replace it") from None
+        raise FileNotOnHub(f"the {kind} {repo_id} has no {filename} on the hub, and no other file can replace it") from None
     except PermissionError as error:
         raise UserError(f"the hub's cache cannot be written: {error}; set HF_HOME to a folder that can") from error
     except Exception as error:  # the network libraries below the client raise errors of their own

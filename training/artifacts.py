@@ -16,7 +16,7 @@ from common.errors import UserError
 from common.files import append_line, new_folder, refuse_to_overwrite, write_file
 from data import evaluation_batches
 from lora import PeftModel, count_parameters
-from model import DistilBertForSequenceClassification, load_pretrained, save_pretrained
+from model import DistilBertForSequenceClassification, load_pretrained, save_pretrained, write_tokenizer
 from training.checkpoint import FOLDER as CHECKPOINTS
 from training.device import cast_frozen_matrices
 from training.evaluation import ModelRunner
@@ -94,7 +94,7 @@ def save_run(run: Path, results: dict[str, Any], runner: ModelRunner, inputs: In
     if options.merged_output is not None:
         merged = inputs.load_base()  # in float32, so that merging rounds as little as possible
         PeftModel.from_pretrained(merged, folder).merge_and_unload()
-        save_pretrained(merged, inputs.tokenizer, options.merged_output, inputs.label_names)
+        save_pretrained(merged, inputs.tokenizer, options.merged_output, inputs.label_names, options.max_length)
     write_file(run / "results.json", json.dumps(results, indent=2).encode() + b"\n")
     shutil.rmtree(run / CHECKPOINTS, ignore_errors=True)
     equal = "equal logits" if difference == 0 else f"logits equal to within {difference:.0e}"
@@ -111,16 +111,17 @@ def save_trained(run: Path, results: dict[str, Any], runner: ModelRunner, inputs
     Returns the folder, and the largest difference of a logit.
     """
     model = typing.cast(DistilBertForSequenceClassification | PeftModel, runner.model)
+    max_length = results["options"]["max_length"]
     folder = run / ("adapter" if isinstance(model, PeftModel) else "model")
     with new_folder(folder) as new:
         if isinstance(model, PeftModel):
             model.save_pretrained(new)
-            (new / "tokenizer.json").write_text(inputs.tokenizer.to_str(pretty=True), encoding="utf-8")
+            write_tokenizer(inputs.tokenizer, max_length, new)
             (new / "label_names.json").write_text(json.dumps(inputs.label_names) + "\n", encoding="utf-8")
             # trainable, so that A and B stay float32 as in `model`
             reloaded: nn.Module = PeftModel.from_pretrained(inputs.load_base(), new, is_trainable=True)
         else:
-            save_pretrained(model, inputs.tokenizer, new, inputs.label_names)
+            save_pretrained(model, inputs.tokenizer, new, inputs.label_names, max_length)
             reloaded = load_pretrained(str(new), len(inputs.label_names))[0]
         (new / "README.md").write_text(model_card(results), encoding="utf-8")
         cast_frozen_matrices(reloaded.to(runner.device), runner.dtype)

@@ -1,6 +1,8 @@
 """A trained classifier: from a run folder or an adapter folder to labels for new texts."""
 
 import itertools
+import os
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,18 +10,30 @@ from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from common.errors import UserError
 from common.files import read_json
+from common.hub import HubUnreachable, NotOnHub
 from data import evaluation_batches, tokenize
 from lora import PeftModel
 from lora.adapter import PREFIX, read_adapter
 from lora.config import CONFIG_FILE
-from model import DistilBertForSequenceClassification, load_pretrained
+from model import (
+    EMBEDDED,
+    DistilBertForSequenceClassification,
+    load_pretrained,
+    read_max_length,
+    read_model_config,
+    read_tokenizer,
+    weights_sha256,
+)
 from training.device import cast_frozen_matrices, choose_device, choose_dtype
 from training.evaluation import ModelRunner, compute_logits
 
 CHUNK = 1024  # texts in memory at a time
+# where a tensor's name in transformers begins -> the kind of model
+KINDS = {"bert": "a BERT", "roberta": "a RoBERTa", "electra": "an ELECTRA", "albert": "an ALBERT", "deberta": "a DeBERTa"}
 
 
 @dataclass(frozen=True)
@@ -28,6 +42,7 @@ class Classifier:
     tokenizer: Tokenizer
     label_names: list[str]
     max_length: int
+    multi_label: bool = False  # scores by the sigmoid, each class for itself, instead of the softmax
 
     def label(self, texts: Iterable[str]) -> Iterator[dict[str, Any]]:
         """{"text", "label", "score", "scores"} for each text, in order. Takes CHUNK texts at a time."""
@@ -37,52 +52,132 @@ class Classifier:
             batches = evaluation_batches(tokenized.lengths, self.runner.tokens)
             logits = np.empty((len(chunk), len(self.label_names)), dtype=np.float32)
             logits[np.concatenate(batches)] = compute_logits(self.runner, tokenized, batches)  # back in the order of the texts
-            scores = np.exp(logits - logits.max(axis=1, keepdims=True))
-            scores /= scores.sum(axis=1, keepdims=True)  # softmax
+            scores = probabilities(logits, self.multi_label)
             for text, row in zip(chunk, scores.astype(float), strict=True):
                 predicted = int(row.argmax())
                 by_name = dict(zip(self.label_names, row, strict=True))
                 yield {"text": text, "label": self.label_names[predicted], "score": row[predicted], "scores": by_name}
 
 
-def load_classifier(folder: Path, model: str | None = None, device: str = "auto", max_length: int = 256) -> Classifier:
+def probabilities(logits: np.ndarray, multi_label: bool) -> np.ndarray:
+    """(N, C): the softmax over the classes, or the sigmoid of each logit."""
+    if multi_label:
+        return 0.5 + 0.5 * np.tanh(0.5 * logits)  # 1 / (1 + exp(-x)), without overflow
+    scores = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return scores / scores.sum(axis=1, keepdims=True)
+
+
+def load_classifier(folder: Path, model: str | None = None, device: str = "auto", max_length: int | None = None) -> Classifier:
     """Load a run folder, an adapter folder (ours or peft's) or a whole model, as `--method full` writes it.
 
-    The adapter is merged into the base model that it names, or into `model`. Raises UserError if the folder holds neither
-    adapter nor model, or an adapter of another base model.
+    The adapter is merged into the base model that it names, or into `model`. Texts are cut to `max_length` tokens [what the
+    folder's tokenizer files say, otherwise as many as the model reads]. Raises UserError if the folder holds neither adapter
+    nor model, an adapter of another base model, or a model that does not classify.
     """
     folder = next((folder / name for name in ("adapter", "model") if (folder / name).is_dir()), folder)
-    if (folder / "config.json").is_file() and not (folder / CONFIG_FILE).is_file():
+    if (path := folder / "config.json").is_file() and not (folder / CONFIG_FILE).is_file():
         if model is not None:
             raise UserError(f"{folder} is a whole model and needs no base model. Leave out --model")
-        label_names = read_label_names(folder)
-        classifier, tokenizer = load_pretrained(str(folder), len(label_names))
-        return Classifier(make_runner(classifier, device, max_length), tokenizer, label_names, max_length)
-    config, tensors = read_adapter(folder)
-    name = config.base_model_name_or_path if model is None else model
-    if name is None:
-        raise UserError(f"{folder} does not name its base model. Pass it with --model")
+        classifier, tokenizer = load_pretrained(str(folder), None)
+        num_labels = classifier.config.num_labels
+        names = classes_named_in(model_config := read_json(path), path) or default_names(num_labels)
+        if len(names) != num_labels:
+            raise UserError(f"{path} names {len(names)} classes, but the head is for {num_labels}. Mend id2label")
+        multi_label = is_multi_label(model_config, num_labels)
+    else:
+        config, tensors = read_adapter(folder)
+        num_labels = count_classes(folder, tensors)
+        name, revision = (config.base_model_name_or_path, config.revision) if model is None else (model, None)
+        if name is None:
+            raise UserError(f"{folder} does not name its base model. Pass it with --model")
+        classifier, tokenizer = load_base(folder, name, revision, num_labels, chosen=model is not None)
+        if (folder / "tokenizer.json").is_file():
+            tokenizer = read_tokenizer(folder / "tokenizer.json", classifier.config)
+        names, multi_label = read_classes(folder, name, revision, num_labels)
+        PeftModel.from_pretrained(classifier, folder).merge_and_unload()  # in float32
+
+    longest = classifier.config.max_position_embeddings
+    if max_length is None:
+        max_length = min(read_max_length(folder) or longest, longest)
+    return Classifier(make_runner(classifier, device, max_length), tokenizer, names, max_length, multi_label)
+
+
+def load_base(
+    folder: Path, name: str, revision: str | None, num_labels: int, chosen: bool
+) -> tuple[DistilBertForSequenceClassification, Tokenizer]:
+    """The base model of the adapter in `folder`: the one that the adapter names, or another that the user has `chosen`.
+
+    Raises UserError if it cannot be found, or if its weights are not those that the run's results.json says it was trained
+    on. If the user chose it, this is only reported.
+    """
+    try:
+        loaded = load_pretrained(name, num_labels, revision)
+    except (NotOnHub, HubUnreachable) as error:
+        if chosen:
+            raise
+        reason = "the hub cannot be reached" if isinstance(error, HubUnreachable) else "the hub has no such model"
+        message = f"{folder / CONFIG_FILE} names the base model {name!r}, which is not a folder here, and {reason}"
+        raise type(error)(f"{message}. Pass the base model with --model") from error
+    results = folder.parent / "results.json"
+    if folder.name == "adapter" and results.is_file() and os.path.isdir(name) and name != EMBEDDED:
+        sha256 = read_json(results).get("sha256")
+        if isinstance(sha256, dict) and sha256.get("weights") not in (None, weights_sha256(name)):
+            message = f"the weights in {name} are not those that {folder.parent} was trained on: their sha256 differs"
+            if not chosen:
+                raise UserError(f"{message}. Restore them, or pass --model {name} to use them as they are")
+            print(message, file=sys.stderr)
+    return loaded
+
+
+def count_classes(folder: Path, tensors: dict[str, Tensor]) -> int:
+    """The classes in an adapter's head. Raises UserError for an adapter of another kind of model or for another task."""
+    for key in sorted(tensors):
+        part = key.removeprefix(PREFIX).partition(".")[0]
+        if part not in ("distilbert", "pre_classifier", "classifier"):
+            kind = KINDS.get(part, "another kind of model")
+            remedy = "Only adapters of DistilBERT are supported, and of BERT if they were trained here"
+            raise UserError(f"{folder}: its base is {kind}, with {key.removeprefix(PREFIX)}. {remedy}")
     head = tensors.get(f"{PREFIX}classifier.weight")
     if head is None or head.dim() != 2:
         raise UserError(f"{folder} has no classifier head: it was trained for another task")
-    label_names = [f"LABEL_{i}" for i in range(len(head))]  # the default names in transformers
+    return len(head)
+
+
+def read_classes(folder: Path, base: str, revision: str | None, num_labels: int) -> tuple[list[str], bool]:
+    """The names of an adapter's classes, and whether several can hold at once: from label_names.json, which training here
+    writes, or else from the base model's config.json, as in transformers."""
     if (path := folder / "label_names.json").exists():
-        label_names = read_json(path, list)
-        if len(label_names) != len(head) or not all(isinstance(name, str) for name in label_names):
-            raise UserError(f"{path} must be a list of {len(head)} strings, one name for each class of the adapter")
+        names = read_json(path, list)
+        if len(names) != num_labels or not all(isinstance(name, str) for name in names) or len(set(names)) < num_labels:
+            raise UserError(f"{path} must be a list of {num_labels} different strings, one for each class of the adapter")
+        return names, False
+    base_config = read_model_config(base, revision)
+    names = classes_named_in(base_config, Path(base)) or []
+    return names if len(names) == num_labels else default_names(num_labels), is_multi_label(base_config, num_labels)
 
-    classifier, tokenizer = load_pretrained(name, len(head), config.revision if model is None else None)
-    PeftModel.from_pretrained(classifier, folder).merge_and_unload()  # in float32
-    return Classifier(make_runner(classifier, device, max_length), tokenizer, label_names, max_length)
 
-
-def read_label_names(model: Path) -> list[str]:
-    """The names of the classes in a whole model's config.json."""
-    path = model / "config.json"
-    names = read_json(path).get("id2label")
+def classes_named_in(model_config: dict[str, Any], path: Path) -> list[str] | None:
+    """The names of the classes in a config.json; None if it has none: transformers leaves out LABEL_0 and LABEL_1."""
+    names = model_config.get("id2label")
+    if names is None:
+        return None
     if not isinstance(names, dict) or sorted(names) != sorted(map(str, range(len(names)))):
-        raise UserError(f"{path} names no classes (id2label), so this is a base model. Train it, or pass an adapter folder")
+        raise UserError(f"{path}: id2label must name the classes 0, 1, 2 ... Mend it")
+    if len(set(map(str, names.values()))) < len(names):
+        raise UserError(f"{path}: id2label gives two classes the same name. Mend it")
     return [str(names[str(i)]) for i in range(len(names))]
+
+
+def default_names(num_labels: int) -> list[str]:
+    return [f"LABEL_{i}" for i in range(num_labels)]  # as in transformers
+
+
+def is_multi_label(model_config: dict[str, Any], num_labels: int) -> bool:
+    """Whether each class has a probability of its own, as transformers decides it."""
+    kind = model_config.get("problem_type")
+    if kind not in (None, "single_label_classification", "multi_label_classification"):
+        raise UserError(f"the model's config.json has the problem_type {kind!r}: it has no classes. Use it with transformers")
+    return kind == "multi_label_classification" or num_labels == 1
 
 
 def make_runner(model: DistilBertForSequenceClassification, device_name: str, max_length: int) -> ModelRunner:

@@ -369,7 +369,7 @@ def test_weights_that_contradict_the_configuration_are_refused(model, changes, s
 def test_a_head_for_another_number_of_classes_is_refused(classifier_folder):
     """With both numbers and the remedy."""
     message = model_refusal(classifier_folder, num_labels=4)
-    assert message.endswith("model.safetensors has a head for 2 classes, but the data has 4: use the base model")
+    assert message.endswith("model.safetensors has a head for 2 classes, but 4 are needed: use the base model")
 
 
 @pytest.mark.parametrize(
@@ -536,7 +536,7 @@ def test_an_option_beyond_the_models_limit_is_refused(capsys, tmp_path, base_fol
 def test_errors_in_data_or_model_reach_the_command_line(capsys, tmp_path, classifier_folder):
     data = data_folder(tmp_path / "data", train_jsonl=GOOD + "[]\n")
     assert run_refusal(capsys, tmp_path, dataset=data).startswith(f"{Path(data, 'train.jsonl')}, line 3: ")
-    assert "has a head for 2 classes, but the data has 4" in run_refusal(capsys, tmp_path, model=classifier_folder)
+    assert "has a head for 2 classes, but 4 are needed" in run_refusal(capsys, tmp_path, model=classifier_folder)
     assert run_refusal(capsys, tmp_path, dataset="agnews").startswith("there is no data set 'agnews'")
 
 

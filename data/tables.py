@@ -1,0 +1,312 @@
+"""One reader for every form of file: from the file to rows, one at a time, each with its line, its text and its fields.
+
+.jsonl .ndjson .json        one JSON object per line, or one array of objects
+.csv .tsv                   a header and columns, separated by , ; | or tab. Without a header: see `_columns`
+.txt, no suffix, stdin      one text per line; to train on, a table like .csv
+
+UTF-8, or UTF-16 with Excel's mark at its beginning.
+"""
+
+import contextlib
+import csv
+import io
+import itertools
+import json
+import re
+import shlex
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from common.errors import UserError
+
+JSON, TABLES, TEXTS = (".jsonl", ".ndjson", ".json"), (".csv", ".tsv"), (".txt", "")
+SUFFIXES = (*JSON, *TABLES, *TEXTS)
+TEXT_COLUMNS = (("text",), ("title", "description"))  # unless they are named: the first that is there. The second is AG News'
+LABEL_COLUMNS = ("label", "class", "class index")
+LONGEST_TEXT = 1 << 24  # characters in one field of a CSV file
+JSON_REMEDY = "write one whole object per line, or one array of objects"
+SAMPLE_LINES = 100  # read ahead to see the delimiter, and whether there is a header
+
+
+class Row(NamedTuple):
+    line: int  # where it begins, counted from 1
+    text: str
+    label: Any  # as the file has it; None if there is no column for it
+    fields: dict[str, Any]  # all of them, by the name of the column
+
+
+class Wanted(NamedTuple):
+    """The columns that the user named, and whether each row must have a label."""
+
+    text: Sequence[str] = ()
+    label: str | None = None
+    labelled: bool = False
+
+
+def read_rows(
+    path: Path | None, text_columns: Sequence[str] = (), label_column: str | None = None, *, labelled: bool = False
+) -> Iterator[Row]:
+    """The rows of a file, or of standard input (None), one at a time, so that the file may be larger than memory.
+
+    The columns may be named, or numbered from 1 if the file has no header; several columns of text are joined by spaces.
+    With `labelled` each row must have a label, and a .txt is a table, too. Raises UserError, with file and line, for a row
+    that cannot be read.
+    """
+    wanted = Wanted(text_columns, label_column, labelled)
+    names: Sequence[str] = ()
+    for line, fields in _read_fields(path, wanted):
+        if not names:
+            names, label = choose_columns(path, line, list(fields), wanted)
+        if labelled and label not in fields:
+            raise row_error(path, line, f'"{label}" is missing; each row needs one')
+        text = " ".join([_text(path, line, fields, name) for name in names])
+        yield Row(line, text, fields.get(label) if label else None, fields)
+
+
+def choose_columns(path: Path | None, line: int, columns: list[str], wanted: Wanted) -> tuple[Sequence[str], str | None]:
+    """The columns with the text, and the one with the label (None if there is none).
+
+    Of two columns, one of which has a known name, the other one is the other. Raises UserError if a column is not there.
+    """
+    known = {_key(name): name for name in reversed(columns)} | {name: name for name in columns}
+
+    def find(names: Iterable[str]) -> list[str]:
+        return [known.get(name) or known.get(_key(name)) or "" for name in names]
+
+    text = next(filter(all, map(find, [wanted.text] if wanted.text else TEXT_COLUMNS)), [])
+    label = next(filter(None, find([wanted.label] if wanted.label else LABEL_COLUMNS)), None)
+    if len(columns) == 2 and (text or label):
+        other = [name for name in columns if name not in (*text, label)]
+        text = text or ([] if wanted.text else other)
+        label = label or (None if wanted.label or not other else other[0])
+    if not text or (wanted.labelled and label is None):
+        missing = (wanted.label or "label") if text else next((name for name in wanted.text if not find([name])[0]), "text")
+        found = ", ".join(map(shown, columns[:20]))
+        remedy = "Name the columns with --text-column and --label-column (by number if the file has no header)"
+        raise row_error(path, line, f'no column is called "{missing}"; there are {found}. {remedy}')
+    return text, label
+
+
+def _key(name: str) -> str:
+    """Names of columns are compared without regard to case."""
+    return unicodedata.normalize("NFC", name.strip()).casefold()
+
+
+def _text(path: Path | None, line: int, fields: dict[str, Any], name: str) -> str:
+    if name not in fields:
+        raise row_error(path, line, f'"{name}" is missing; each row needs one')
+    text = fields[name]
+    if not isinstance(text, str):
+        raise row_error(path, line, f"the text {shown(text)} is not a string; put it in quotes")
+    if not is_unicode(text):
+        raise row_error(path, line, "the text contains half a character (a lone surrogate); remove it")
+    return text
+
+
+def is_unicode(text: str) -> bool:
+    """Whether it has no lone surrogate, which comes from a byte that is not UTF-8 or from a JSON escape such as \\ud800."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def row_error(path: Path | None, line: int, message: str) -> UserError:
+    return UserError(f"{path or 'standard input'}, line {line}: {message}")
+
+
+def shown(value: object) -> str:
+    """A value in a message: short, since it may be a whole article in the wrong column."""
+    text = repr(value) if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+# From the file to lines
+
+
+def _read_fields(path: Path | None, wanted: Wanted) -> Iterator[tuple[int, dict[str, Any]]]:
+    suffix = path.suffix.lower() if path else ""
+    if suffix not in SUFFIXES:
+        raise UserError(f"{path}: a {suffix} file is not read; save it as .csv, .tsv, .jsonl or .json")
+    is_text = suffix in TEXTS and not wanted.labelled
+    try:
+        with open(0 if path is None else path, "rb", closefd=path is not None) as binary:  # 0 is standard input
+            encoding = _encoding(binary.peek(2)[:2], is_text)
+            # Bytes that are not UTF-8 become lone surrogates, in which _utf8_lines sees the line that they are in.
+            lines = _utf8_lines(path, io.TextIOWrapper(binary, encoding, "surrogateescape", newline=""))
+            if is_text:
+                yield from ((number, {"text": line.rstrip("\r\n")}) for number, line in enumerate(lines, 1))
+            elif suffix in JSON:
+                yield from _json_rows(path, lines)
+            else:
+                yield from _table_rows(path, lines, wanted, "\t,;|" if suffix == ".tsv" else ",;\t|")
+    except OSError as error:
+        raise UserError(f"{path or 'standard input'} cannot be read: {error.strerror}") from error
+    except UnicodeError as error:
+        raise UserError(f"{path or 'standard input'} begins as UTF-16, but is not; save the file as UTF-8") from error
+
+
+def _encoding(start: bytes, is_text: bool) -> str:
+    if start in (b"\xff\xfe", b"\xfe\xff"):
+        return "utf-16"
+    if b"\0" in start and not is_text:  # no table in UTF-8 begins so
+        return "utf-16-be" if start[0] == 0 else "utf-16-le"
+    return "utf-8-sig"
+
+
+def _utf8_lines(path: Path | None, file: Iterable[str]) -> Iterator[str]:
+    for number, line in enumerate(file, 1):
+        if not is_unicode(line):
+            content = line.encode("utf-8", "surrogateescape")
+            place = len(re.split("[\udc80-\udcff]", line)[0].encode())
+            excerpt = content[max(0, place - 12) : place + 12].decode("cp1252", "replace").strip()
+            guess = ""
+            if "\ufffd" not in excerpt:
+                name = shlex.quote(str(path)) if path else ""
+                guess = f" (if {shown(excerpt)} reads right: iconv -f WINDOWS-1252 -t UTF-8 {name} > NEW_FILE)"
+            raise row_error(path, number, f"not UTF-8{guess}; save the file as UTF-8")
+        yield line
+
+
+# From lines to fields
+
+
+def _json_rows(path: Path | None, lines: Iterator[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    is_first = True
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        if is_first and line.lstrip().startswith("["):
+            yield from _array_rows(path, number, line + "".join(lines))
+        else:
+            line = line.rstrip("\r\n")
+            fields, end = _object_at(path, number, number, line, len(line) - len(line.lstrip()))
+            if line[end:].strip():
+                raise row_error(path, number, f"not JSON (more than one value, at column {end + 1}); {JSON_REMEDY}")
+            yield number, fields
+        is_first = False
+
+
+def _array_rows(path: Path | None, first_line: int, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of [{...}, {...}], each with the line where it begins."""
+    line, before = first_line, 0
+    mark = re.compile(r"\s*\[\s*(\])?").match(text)
+    while mark and not mark[1]:
+        line, before = line + text.count("\n", before, mark.end()), mark.end()
+        fields, end = _object_at(path, first_line, line, text, mark.end())
+        yield line, fields
+        mark = re.compile(r"\s*(?:,|(\]))\s*").match(text, end)
+    if not mark or text[mark.end() :].strip():
+        raise row_error(path, line, f"not JSON (after this object there is neither a comma nor the end); {JSON_REMEDY}")
+
+
+def _object_at(path: Path | None, first_line: int, line: int, text: str, start: int) -> tuple[dict[str, Any], int]:
+    """The JSON object at `start` of a text that begins on `first_line`, and where it ends. The object begins on `line`."""
+
+    def fields_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(fields := dict(pairs)) < len(pairs):
+            name = next(name for name in fields if [other for other, _ in pairs].count(name) > 1)
+            raise row_error(path, line, f"{shown(name)} is there twice; remove one of the two")
+        return fields
+
+    try:
+        fields, end = json.JSONDecoder(object_pairs_hook=fields_of).raw_decode(text, start)
+    except json.JSONDecodeError as error:
+        message = f"not JSON ({error.msg} at column {error.colno}); {JSON_REMEDY}"
+        raise row_error(path, first_line + error.lineno - 1, message) from error
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise row_error(path, line, f"not JSON ({error}); {JSON_REMEDY}") from error
+    if not isinstance(fields, dict):
+        raise row_error(path, line, 'not a JSON object; write {"text": ...} on each line')
+    return fields, end
+
+
+def _table_rows(
+    path: Path | None, lines: Iterator[str], wanted: Wanted, delimiters: str
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    csv.field_size_limit(LONGEST_TEXT)
+    sample = list(itertools.islice(lines, SAMPLE_LINES))
+    start = 1
+    if sample and (told := re.fullmatch(r'"?sep=(.)"?\s*', sample[0])):  # Excel's own way
+        start, delimiters, sample = 2, told[1], sample[1:]
+    delimiter = max(delimiters, key=lambda delimiter: _fit(sample, delimiter))
+    rows = _values(path, itertools.chain(sample, lines), delimiter, start)
+    for line, values in itertools.islice(rows, 1):
+        columns, has_header = _columns(values, _sample_values(sample, delimiter), wanted)
+        choose_columns(path, line, columns, wanted)
+        if has_header:
+            if twice := [name for name, times in Counter(map(_key, columns)).items() if times > 1]:
+                raise row_error(path, line, f"two columns are called {shown(twice[0])}; rename one of them")
+        else:
+            rows = itertools.chain([(line, values)], rows)
+    for line, values in rows:
+        if len(values) != len(columns) and (len(values) < len(columns) or any(values[len(columns) :])):
+            message = f"{len(values)} fields, but {len(columns)} columns; put quotes around each text"
+            raise row_error(path, line, message)
+        yield line, dict(zip(columns, values, strict=False))  # empty fields at the end are Excel's
+
+
+def _fit(sample: list[str], delimiter: str) -> tuple[float, int]:
+    """How well a delimiter fits: by the share of rows with as many fields as the first, then by the number of fields."""
+    widths = [len(values) for values in _sample_values(sample, delimiter)]
+    return (widths.count(widths[0]) / len(widths), widths[0]) if widths and widths[0] > 1 else (0, 0)
+
+
+def _sample_values(sample: list[str], delimiter: str) -> list[list[str]]:
+    rows: list[list[str]] = []
+    with contextlib.suppress(UserError):
+        rows.extend(values for _, values in _values(None, iter(sample), delimiter, 1))
+    return rows
+
+
+def _columns(first: list[str], sample: list[list[str]], wanted: Wanted) -> tuple[list[str], bool]:
+    """The names of the columns, and whether they come from a header. Without a header they are numbered.
+
+    A file has no header if a cell of its first row is a number, or comes again in its column, or if columns are named by
+    number. Then two columns are a text and a label, the one with fewer values; three may be AG News' class, title, description.
+    """
+    names = [cell.strip() or str(number) for number, cell in enumerate(first, 1)]
+    known = {"text", *LABEL_COLUMNS, *TEXT_COLUMNS[1]} & set(map(_key, names))
+    typed = [*wanted.text, *filter(None, [wanted.label])]
+    by_number = bool(typed) and all(name.isdecimal() for name in typed)
+    columns = [[row[i] for row in sample if i < len(row)] for i in range(len(first))]
+    is_data = any(_is_number(cell) or (cell and columns[i].count(cell) > 1) for i, cell in enumerate(first))
+    if known or not (by_number or (is_data and not typed)):
+        return names, True
+    if not by_number and len(first) == 2:
+        spread = [(len(set(column)), sum(map(len, column))) for column in columns]
+        return (["text", "label"] if spread[1] < spread[0] else ["label", "text"]), False
+    if not by_number and len(first) == 3 and first[0].strip().isdecimal():
+        return ["class", "title", "description"], False
+    return [str(number) for number in range(1, len(first) + 1)], False
+
+
+def _is_number(cell: str) -> bool:
+    return re.fullmatch(r"-?\d+(\.\d+)?", cell.strip()) is not None
+
+
+def _values(path: Path | None, lines: Iterator[str], delimiter: str, start: int) -> Iterator[tuple[int, list[str]]]:
+    """The fields of each row that is not a blank line. With tabs a row is one line, and a quote within a text is only that."""
+    if delimiter == "\t":
+        for number, line in enumerate(lines, start):
+            if line.strip("\r\n"):
+                try:
+                    yield number, next(csv.reader([line], delimiter=delimiter, strict=True))
+                except csv.Error:
+                    yield number, line.rstrip("\r\n").split(delimiter)
+        return
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    begin = start  # the line where the next row begins: a quoted text may span several
+    try:
+        for values in reader:
+            if values:
+                yield begin, values
+            begin = reader.line_num + start
+    except csv.Error as error:
+        raise row_error(path, begin, f"the row that begins here is not CSV ({error}); check its quotes") from error
