@@ -39,11 +39,7 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> Tok
     rows: list[np.ndarray] = []
     cutter = Cutter(tokenizer, max_length - 2)
     for part in slices(texts, SLICE, SLICE_CHARACTERS):
-        encodings = tokenizer.encode_batch_fast([cutter.first_cut(text) for text in part])
-        for text, encoding in zip(part, encodings, strict=True):
-            ids = np.asarray(encoding.ids, dtype=np.int32)
-            if not cutter.is_enough(text, ids):
-                ids = np.asarray(tokenizer.encode(cutter.cut(text)).ids, dtype=np.int32)
+        for ids in cutter.token_ids(part):
             rows.append(ids if len(ids) <= max_length else np.append(ids[: max_length - 1], ids[-1]))  # the last is [SEP]
     return TokenizedTexts(np.concatenate(rows), np.cumsum([0, *map(len, rows)], dtype=np.int64))
 

@@ -5,11 +5,15 @@ known exactly for the tokenizers of the BERT family: they normalise character by
 spaces and punctuation, and look up each word by itself. So a cut can change only the words near it.
 """
 
+import contextlib
 import functools
 import itertools
+from collections.abc import Iterator
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
+
+from common.errors import UserError
 
 CHARACTERS = 8  # for each token; in English a token and its share of the spaces take about 5
 FEWEST = 1024  # characters that are always read
@@ -25,15 +29,23 @@ class Cutter:
         self.words_at_risk = words_at_risk(tokenizer)
         self.characters = max(FEWEST, CHARACTERS * tokens)
 
-    def first_cut(self, text: str) -> str:
-        """The characters that are nearly always enough: see `is_enough`."""
-        return text if self.words_at_risk is None else text[: self.characters]
+    def token_ids(self, texts: list[str]) -> Iterator[np.ndarray]:
+        """For each text the ids of [CLS], at least `tokens` tokens if it has as many, and [SEP].
 
-    def is_enough(self, text: str, ids: np.ndarray) -> bool:
-        """Whether `ids`, the tokens of `first_cut(text)`, begin with the tokens of `text`."""
-        if self.words_at_risk is None or len(text) <= self.characters:
-            return True
-        return np.count_nonzero(self.begins_word[ids[1 + self.tokens : -1]]) > self.words_at_risk
+        Raises UserError if the tokenizer fails.
+        """
+        known = self.words_at_risk is not None
+        with rust_panics():
+            encodings = self.tokenizer.encode_batch_fast([text[: self.characters] for text in texts] if known else texts)
+            for text, encoding in zip(texts, encodings, strict=True):
+                ids = np.asarray(encoding.ids, dtype=np.int32)
+                if known and len(text) > self.characters and not self.is_enough(ids):
+                    ids = np.asarray(self.tokenizer.encode(self.cut(text)).ids, dtype=np.int32)
+                yield ids
+
+    def is_enough(self, ids: np.ndarray) -> bool:
+        """Whether so many words follow the wanted tokens that no cut behind `ids` can change these."""
+        return int(self.begins_word[ids[1 + self.tokens : -1]].sum()) > (self.words_at_risk or 0)
 
     @functools.cached_property
     def begins_word(self) -> np.ndarray:
@@ -49,17 +61,29 @@ class Cutter:
         Takes little memory also for millions of characters that have few tokens.
         """
         head, start, size = "", 0, self.characters
-        while self.words_at_risk is not None and start + size < len(text):
+        at_risk = self.words_at_risk
+        while at_risk is not None and start + size < len(text):
             window = head + text[start : start + size]
             encoding = self.tokenizer.encode(window, add_special_tokens=False)
-            words = encoding.word_ids  # ascending
-            if len(words) > self.tokens and words[self.tokens - 1] + self.words_at_risk < words[-1]:
+            words = np.array(encoding.word_ids)  # ascending
+            if len(words) > self.tokens and words[self.tokens - 1] + at_risk < words[-1]:
                 return window
             if size < WINDOW:
                 size = min(4 * size, WINDOW)
             else:
                 head, start = squeeze(self.tokenizer, window, encoding), start + size
         return head + text[start:]
+
+
+@contextlib.contextmanager
+def rust_panics() -> Iterator[None]:
+    """A bug in the tokenizer's Rust code is raised as PanicException, which is not even an Exception."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"the tokenizer fails ({error}). Fetch tokenizer.json again, or report this to tokenizers") from None
 
 
 def words_at_risk(tokenizer: Tokenizer) -> int | None:
