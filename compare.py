@@ -7,6 +7,9 @@ Each method is a run of train.py in its own process, so that its peak memory can
 uses its own default. The three run folders are kept in a new folder in runs/, or in --output-dir.
 """
 
+if __name__ == "__main__":
+    import training.interrupt  # noqa: F401 - Ctrl-C during the imports below
+
 import subprocess
 import sys
 from datetime import datetime

@@ -6,6 +6,9 @@ python predict.py runs/2026-11-24-103855 --input news.csv > labels.jsonl       w
 python predict.py an/adapter/of/peft --model distilbert-base-uncased < texts   read one text per line, write JSON Lines
 """
 
+if __name__ == "__main__":
+    import training.interrupt  # noqa: F401 - Ctrl-C during the imports below
+
 import contextlib
 import io
 import json

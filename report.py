@@ -7,6 +7,9 @@ python report.py runs/2026-11-24-103855 --output somewhere.html
 The test texts are labelled again, to show the mistakes. Install what it needs with `pip install -e '.[report]'`.
 """
 
+if __name__ == "__main__":
+    import training.interrupt  # noqa: F401 - Ctrl-C during the imports below
+
 import sys
 from pathlib import Path
 

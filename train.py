@@ -12,6 +12,9 @@ torchrun --nnodes 2 --node-rank 0 --nproc-per-node 4 --master-addr HOST --master
                                                          two machines; on the second, with --node-rank 1
 """
 
+if __name__ == "__main__":
+    import training.interrupt  # noqa: F401 - Ctrl-C during the imports below
+
 import dataclasses
 import io
 import math
@@ -60,7 +63,8 @@ def run(options: Options, checkpoint: Checkpoint | None = None) -> dict[str, Any
     # Data and model.
     inputs = load_inputs(options, checkpoint)
     model: nn.Module = inputs.base
-    identity = fingerprint(options, dtype, f"{inputs.sha256['weights']} {inputs.base.config}", inputs.sha256["data"])
+    data = f"{inputs.sha256['data']} {inputs.label_names}"
+    identity = fingerprint(options, dtype, f"{inputs.sha256['weights']} {inputs.base.config}", data)
     if checkpoint:
         checkpoint.refuse_changes(processes.world_size, identity)
     processes.require_same(identity | {"the checkpoint": checkpoint and checkpoint.step})

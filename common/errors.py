@@ -1,12 +1,17 @@
 """UserError, the one class of error for what the user can fix, and how the command line reports it."""
 
 import contextlib
+import errno
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any, TextIO
 
 from lora.errors import UserError
+
+# the errors of the system that come from names, permissions and devices, not from this program
+ENVIRONMENT = errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOSPC, errno.EROFS, errno.EIO, errno.EMFILE
 
 
 class Stopped(Exception):
@@ -54,6 +59,8 @@ def run_cli(program: str, run: Callable[[], object], needs_output: bool = True) 
 
     If standard output cannot be written, a program that needs it stops at once; another one goes on to its end.
     """
+    if "training.interrupt" in sys.modules:  # the libraries are loaded: Ctrl-C is an exception again
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     streams = sys.stdout, sys.stderr
     sys.stdout = output = Output(sys.stdout, needs_output)
     sys.stderr = Output(sys.stderr, needed=False)
@@ -74,7 +81,10 @@ def run_cli(program: str, run: Callable[[], object], needs_output: bool = True) 
         return 130
     except OSError as error:
         if error is not output.error:
-            raise
+            if error.errno not in ENVIRONMENT:
+                raise
+            print(f"{program}: {error.filename or 'a file'}: {error.strerror}. Mend that, or name another one", file=sys.stderr)
+            return 2
         if isinstance(error, BrokenPipeError):  # as after `| head`, which needs no more
             return 0
         print(f"{program}: standard output cannot be written: {error.strerror}", file=sys.stderr)

@@ -11,7 +11,7 @@ from typing import TextIO
 from safetensors import SafetensorError
 
 from common.errors import UserError
-from lora.files import flush, make_folder, read_json, read_safetensors, why, write_file  # noqa: F401 - some for other rooms
+from lora.files import flush, make_folder, read_bytes, read_header, read_json, read_safetensors, why, write_file  # noqa: F401
 
 
 def sha256_of_file(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 import os
 import re
 import threading
@@ -14,12 +15,28 @@ from typing import Any
 os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # the client has two ways to fetch a file; only the other one is tested here
 from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import tqdm
 
 from common.errors import UserError
 from common.files import sha256_of_file
 
 MIN_BYTES = 30_000  # that must arrive within twice the client's time-out, or the download is given up
+UNPROMISED = 1 << 28  # bytes; more must be promised before they are sent
 constants.DOWNLOAD_CHUNK_SIZE = 1 << 17  # the steps in which a partial file grows on disk, where progress is measured
+
+
+class BoundedDownload(tqdm):
+    """The client's progress bar. It gives up a file that is longer than the hub promised: an endless one, or a gzip bomb."""
+
+    n: float
+
+    def update(self, n: float | None = 1) -> bool | None:
+        received = self.n + (n or 0)
+        super().update(n)
+        self.n = received  # also of a bar that is not shown
+        if received > (self.total or UNPROMISED):
+            raise OSError("the hub sent more than it promised")
+        return None
 
 
 class HubUnreachable(UserError):
@@ -91,7 +108,9 @@ def _download(repo_id: str, filename: str, revision: str | None, repo_type: str)
     Raises TimeoutError then, OSError if a large file's sha256 is wrong, and the client's own errors.
     """
     is_cached = isinstance(try_to_load_from_cache(repo_id, filename, revision=revision, repo_type=repo_type), str)
-    download = _in_thread(hf_hub_download, repo_id, filename, revision=revision, repo_type=repo_type)
+    can_bound = "tqdm_class" in inspect.signature(hf_hub_download).parameters  # not in the clients before 1.0
+    bounded = {"tqdm_class": BoundedDownload} if can_bound else {}
+    download = _in_thread(hf_hub_download, repo_id, filename, revision=revision, repo_type=repo_type, **bounded)
     blobs = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type=repo_type) / "blobs"
     patience = 2 * constants.HF_HUB_DOWNLOAD_TIMEOUT  # 20 seconds, unless the environment sets another time-out
     size, since = 0, time.monotonic()

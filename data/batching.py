@@ -1,7 +1,7 @@
 """Tokenise once, group texts of similar length, pad little."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +9,10 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-SLICE = 1000  # texts per call of the tokenizer, which works on them in parallel; this bounds its memory
+from data.long_texts import Cutter
+
+# Per call of the tokenizer, which works on the texts in parallel: 100 MB of memory at most.
+SLICE, SLICE_CHARACTERS = 1000, 1 << 20
 POOL = 50  # shuffled examples are sorted by length in pools of 50 batches; a larger pool pads less but mixes less
 
 
@@ -29,15 +32,29 @@ class TokenizedTexts:
 
 
 def tokenize(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> TokenizedTexts:
-    """The ids of [CLS] text [SEP], cut to `max_length` tokens, [CLS] and [SEP] included."""
-    tokenizer.enable_truncation(max_length)
-    slices, lengths = [], [0]
-    for start in range(0, len(texts), SLICE):
-        encodings = tokenizer.encode_batch_fast(texts[start : start + SLICE])
-        slices.append(np.concatenate([np.asarray(encoding.ids, dtype=np.int32) for encoding in encodings]))
-        lengths.extend(len(encoding) for encoding in encodings)
-    tokenizer.no_truncation()  # a saved tokenizer must not cut texts
-    return TokenizedTexts(np.concatenate(slices), np.cumsum(lengths, dtype=np.int64))
+    """The ids of [CLS] text [SEP], cut to `max_length` tokens, [CLS] and [SEP] included. Changes nothing in `tokenizer`.
+
+    Raises UserError if the tokenizer cannot read a text.
+    """
+    rows: list[np.ndarray] = []
+    cutter = Cutter(tokenizer, max_length - 2)
+    for part in slices(texts, SLICE, SLICE_CHARACTERS):
+        for ids in cutter.token_ids(part):
+            rows.append(ids if len(ids) <= max_length else np.append(ids[: max_length - 1], ids[-1]))  # the last is [SEP]
+    return TokenizedTexts(np.concatenate(rows), np.cumsum([0, *map(len, rows)], dtype=np.int64))
+
+
+def slices(texts: Iterable[str], count: int, characters: int) -> Iterator[list[str]]:
+    """All texts in lists of at most `count`, each of which ends with the text that makes it `characters` long or longer."""
+    part, length = [], 0
+    for text in texts:
+        part.append(text)
+        length += len(text)
+        if len(part) == count or length >= characters:
+            yield part
+            part, length = [], 0
+    if part:
+        yield part
 
 
 def training_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 
 from lora.biases import bias_tensors, without_repeated_biases
@@ -19,6 +20,7 @@ from lora.modules_to_save import ModulesToSaveWrapper
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -86,7 +88,7 @@ def match_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str | Pa
 
 def _check_finite(tensors: dict[str, Tensor], where: str) -> None:
     for key, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise UserError(f"{where}: {key} contains {tensor.dtype}, not floating-point numbers. Write it again")
+        if tensor.dtype not in FLOATS:
+            raise UserError(f"{where}: {key} contains {tensor.dtype}, not floating-point numbers of 16, 32 or 64 bits. Write it again")
         if not tensor.isfinite().all():
             raise UserError(f"{where}: {key} contains NaN or infinity. Train again with a smaller learning rate")

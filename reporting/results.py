@@ -1,19 +1,20 @@
 """What a report reads and computes from the folder of a run that has ended."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import read_json
+from common.files import read_bytes, read_json
 from lora import LoRALinear, PeftModel
 from model import load_pretrained
 from reporting.geometry import Geometry, geometry
 from training.checkpoint import newest_first
 from training.evaluation import progress_bar
 from training.inference import load_classifier
-from training.loading import data_sha256, load_data, tokenize_examples
+from training.loading import data_sha256, load_data, require_weights, tokenize_examples
 from training.options import Options
 
 Layers = dict[str, dict[int, Geometry]]  # {"q_lin": {0: ..., 1: ...}, "v_lin": ...}: kind of module, number of layer
@@ -32,10 +33,11 @@ def read_results(folder: Path) -> dict[str, Any]:
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """The lines of metrics.jsonl. An empty list if the file is missing or damaged: the report can do without it."""
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return [{key: float(line[key]) for key in ("step", "loss", "learning_rate")} for line in lines]
-    except (OSError, ValueError, TypeError, KeyError):
+        lines = [json.loads(line) for line in read_bytes(path).decode().splitlines()]
+        metrics = [{key: float(line[key]) for key in ("step", "loss", "learning_rate")} for line in lines]
+    except (ValueError, TypeError, KeyError, RecursionError, OverflowError):  # a UserError is a ValueError
         return []
+    return metrics if all(math.isfinite(value) for line in metrics for value in line.values()) else []
 
 
 def find_mistakes(folder: Path, results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -47,7 +49,8 @@ def find_mistakes(folder: Path, results: dict[str, Any]) -> list[dict[str, Any]]
     dataset = load_data(results["dataset"], options, results.get("dataset_commit"))
     test = dataset.test
     classifier = load_classifier(folder, max_length=options.max_length)
-    if data_sha256(*tokenize_examples(dataset, classifier.tokenizer, options.max_length)) != results["sha256"]["data"]:
+    tokenized = tokenize_examples(dataset, classifier.tokenizer, options.max_length)
+    if data_sha256(*tokenized) != results["sha256"]["data"] or dataset.label_names != classifier.label_names:
         raise UserError(f"the data set {results['dataset']} has changed since the run")
     mistakes = []
     with progress_bar(len(test), "label", leave=False) as bar:
@@ -63,6 +66,7 @@ def read_geometry(folder: Path, results: dict[str, Any]) -> Layers:
     """The geometry of each adapted layer. Raises UserError if the adapter or its base model cannot be loaded."""
     commit = results["commit"] or results["options"]["revision"]
     base, _ = load_pretrained(results["model"], len(results["after"]["per_class_f1"]), commit)
+    require_weights(results["model"], commit, results["sha256"])
     PeftModel.from_pretrained(base, folder / "adapter")
     layers: Layers = {}
     for name, module in base.named_modules():

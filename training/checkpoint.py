@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import Stopped, UserError
-from common.files import read_safetensors, write_file
+from common.files import read_bytes, read_safetensors, write_file
 from training.options import Options, flag
 
 try:
@@ -161,14 +161,14 @@ class Checkpoints:
             results = [path for name in ("adapter", "model") for path in (*self.run.glob(f".{name}.*"), self.run / name)]
             for path in [*self.run.rglob(".*.partial"), *results, *later]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-            lines = metrics.read_bytes().splitlines(keepends=True) if metrics.exists() else []
+            lines = read_bytes(metrics).splitlines(keepends=True) if metrics.exists() else []
         except OSError as error:
             raise UserError(f"{error.filename} cannot be removed ({error.strerror}). Move it out of the run folder") from error
         kept = []
         for number, line in enumerate(lines, 1):
             try:
                 kept += [line] if line.endswith(b"\n") and json.loads(line)["step"] <= step else []  # the last may be cut short
-            except (ValueError, TypeError, KeyError) as error:
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
                 raise UserError(f"{metrics}, line {number}: not a line of metrics. Remove the line, then resume") from error
         write_file(metrics, b"".join(kept))
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from common.errors import UserError
 from common.files import read_json
 from common.hub import HubUnreachable, NotOnHub
-from data import evaluation_batches, tokenize
+from data import evaluation_batches, slices, tokenize
 from lora import PeftModel
 from lora.adapter import PREFIX, read_adapter
 from lora.config import CONFIG_FILE
@@ -34,7 +34,7 @@ from model import (
 from training.device import cast_frozen_matrices, choose_device, choose_dtype
 from training.evaluation import ModelRunner, compute_logits
 
-CHUNK = 1024  # texts in memory at a time
+CHUNK, CHARACTERS = 1024, 1 << 24  # texts, and characters, in memory at a time
 PATIENCE = 0.05  # seconds to wait for the next text, before those that have come are labelled
 # where a tensor's name in transformers begins -> the kind of model
 KINDS = {"bert": "a BERT", "roberta": "a RoBERTa", "electra": "an ELECTRA", "albert": "an ALBERT", "deberta": "a DeBERTa"}
@@ -49,12 +49,11 @@ class Classifier:
     multi_label: bool = False  # scores by the sigmoid, each class for itself, instead of the softmax
 
     def label(self, texts: Iterable[str], threshold: float = 0.0) -> Iterator[dict[str, Any]]:
-        """{"text", "label", "score", "scores"} for each text, in order. Takes CHUNK texts at a time.
+        """{"text", "label", "score", "scores"} for each text, in order. Takes CHUNK texts at a time, fewer if they are long.
 
         A text in which the tokenizer finds nothing, and one with a score below `threshold`, has the label "" and a "reason".
         """
-        remaining = iter(texts)
-        while chunk := list(itertools.islice(remaining, CHUNK)):
+        for chunk in slices(texts, CHUNK, CHARACTERS):
             tokenized = tokenize(self.tokenizer, chunk, self.max_length)
             batches = evaluation_batches(tokenized.lengths, self.runner.tokens)
             logits = np.empty((len(chunk), len(self.label_names)), dtype=np.float32)
@@ -190,7 +189,7 @@ def count_classes(folder: Path, tensors: dict[str, Tensor]) -> int:
             remedy = "Only adapters of DistilBERT are supported, and of BERT if they were trained here"
             raise UserError(f"{folder}: its base is {kind}, with {key.removeprefix(PREFIX)}. {remedy}")
     head = tensors.get(f"{PREFIX}classifier.weight")
-    if head is None or head.dim() != 2:
+    if head is None or head.dim() != 2 or not head.numel():
         raise UserError(f"{folder} has no classifier head: it was trained for another task")
     return len(head)
 
@@ -233,7 +232,8 @@ def is_multi_label(model_config: dict[str, Any], num_labels: int) -> bool:
 
 
 def make_runner(model: DistilBertForSequenceClassification, device_name: str, max_length: int) -> ModelRunner:
-    if not 3 <= max_length <= (longest := model.config.max_position_embeddings):
+    longest = model.config.max_position_embeddings
+    if not 3 <= max_length <= longest:
         raise UserError(f"--max-length is {max_length}. For this model it must be between 3 and {longest}")
     device = choose_device(device_name)
     dtype, _ = choose_dtype("auto", device)

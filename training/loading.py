@@ -18,6 +18,8 @@ from training.checkpoint import Checkpoint
 from training.evaluation import Examples
 from training.options import DEFAULT_DATASET, DEFAULT_MODEL, EMBEDDED_DATASET, EMBEDDED_MODEL, Options
 
+MOST_CLASSES = 1000  # the confusion matrix is written in full; more are nearly always numbers of rows, or the texts themselves
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -41,7 +43,18 @@ class Inputs:
 
     def load_base(self) -> DistilBertForSequenceClassification:
         """The base model once more, with another new head."""
-        return load_pretrained(self.model, len(self.label_names), self.revision)[0]
+        base = load_pretrained(self.model, len(self.label_names), self.revision)[0]
+        require_weights(self.model, self.revision, self.sha256)
+        return base
+
+
+def require_weights(model: str, revision: str | None, sha256: dict[str, str]) -> None:
+    """Raises UserError if the file with the model's weights is no longer that of the run."""
+    if weights_sha256(model, revision) != sha256["weights"]:
+        remedy = "Put the old file back. A run that has not ended can be resumed then"
+        raise UserError(
+            f"the weights of the base model {model} have changed since the run began: their sha256 differs. {remedy}"
+        )
 
 
 def load_inputs(options: Options, checkpoint: Checkpoint | None) -> Inputs:
@@ -58,14 +71,19 @@ def load_inputs(options: Options, checkpoint: Checkpoint | None) -> Inputs:
     loaded_data = load_with_fallback(load_data_at_commit, dataset_name, DEFAULT_DATASET, EMBEDDED_DATASET)
     dataset, dataset_name, data_notice = loaded_data
 
-    def load_at_commit(name: str) -> tuple[DistilBertForSequenceClassification, Tokenizer, str | None]:
+    if len(dataset.label_names) > MOST_CLASSES:
+        classes = f"{len(dataset.label_names):,} classes, {dataset.label_names[0][:40]!r} and others"
+        raise UserError(f"{dataset_name} has {classes}. At most {MOST_CLASSES:,} are trained: is another column the label?")
+
+    def load_at_commit(name: str) -> tuple[DistilBertForSequenceClassification, Tokenizer, str | None, str]:
         # a branch may move during training, so the run keeps to one commit
         commit = (checkpoint and checkpoint.commit) or resolve_revision(name, options.revision)
-        return *load_pretrained(name, len(dataset.label_names), commit or options.revision), commit
+        sha256 = weights_sha256(name, commit or options.revision)  # before: if the file changes now, `load_base` will see it
+        return *load_pretrained(name, len(dataset.label_names), commit or options.revision), commit, sha256
 
     torch.manual_seed(options.seed)  # the head starts at random
     loaded, model_name, model_notice = load_with_fallback(load_at_commit, model_name, DEFAULT_MODEL, EMBEDDED_MODEL)
-    base, tokenizer, commit = loaded
+    base, tokenizer, commit, sha256 = loaded
     notice = checkpoint.notice if checkpoint else "\n".join(filter(None, [model_notice, data_notice]))
     if notice:
         print(notice)
@@ -92,7 +110,7 @@ def load_inputs(options: Options, checkpoint: Checkpoint | None) -> Inputs:
         commit=commit,
         dataset_commit=dataset.commit,
         revision=revision,
-        sha256={"weights": weights_sha256(model_name, revision), "data": data_sha256(train, test)},
+        sha256={"weights": sha256, "data": data_sha256(train, test)},
         notice=notice,
     )
 

@@ -379,7 +379,7 @@ def test_a_pickle_called_safetensors_is_not_unpickled(model):
         ({"foo": torch.zeros(1)}, "contains distilbert.foo, which DistilBERT does not have"),
         ({NORM: torch.zeros(33)}, f"{NORM} has the shape (33,), but config.json says (32,)"),
         ({NORM: torch.tensor(1.0)}, f"{NORM} has the shape (), but config.json says (32,)"),
-        ({NORM: torch.zeros(32, dtype=torch.int64)}, f"{NORM} is torch.int64, not floating point"),
+        ({NORM: torch.zeros(32, dtype=torch.int64)}, f"{NORM} is I64, not floating point"),
         ({NORM: torch.full((32,), torch.nan)}, f"{NORM} contains NaN or infinity"),
         ({TOKEN_TYPE: torch.zeros(2, 33)}, "token types of shape (2, 33) cannot be added to positions of shape (512, 32)"),
         ({TOKEN_TYPE: torch.zeros(2, 1)}, "token types of shape (2, 1) cannot be added to positions of shape (512, 32)"),
