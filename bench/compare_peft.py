@@ -14,6 +14,7 @@ A peer computes in float32 or in bfloat16, whichever is faster here. No network 
 import argparse
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -63,6 +64,12 @@ class Process:
     def ask(self, method: str, *args: Any) -> Any:
         return self.run(self.answer, method, *args)
 
+    def take_turn(self, method: str, *args: Any) -> tuple[Any, float]:
+        """The answer, and the seconds it took. Before, the threads of the last side get time to fall asleep."""
+        time.sleep(0.02)
+        start = time.perf_counter()
+        return self.ask(method, *args), time.perf_counter() - start
+
 
 class Sides:
     """Several sides, each ready for its first batch, with the seconds from the start of its process until then."""
@@ -70,6 +77,7 @@ class Sides:
     def __init__(self, kinds: list[Kind], args: tuple, texts: list[str], rounds: int, trials: Process):
         """`args` are those of the sides' classes. A side that labels has labelled the first of `texts` when it is ready."""
         self.trials = trials.run(try_arithmetics, kinds, args, texts)
+        print("starting each side", rounds, "times", file=sys.stderr)
         self.processes: dict[tuple[str, str], Process] = {}
         self.starts: dict[tuple[str, str], list[float]] = {}
         for _ in range(rounds):
@@ -101,7 +109,7 @@ class Sides:
     def left_out(self) -> str:
         """A sentence about the arithmetics that were tried only."""
         slower = [
-            f"{name} in {arithmetic} ({taken / min(seconds.values()):.1f} times as long)"
+            f"{name} in {arithmetic} ({'over 10' if taken == math.inf else f'{taken / min(seconds.values()):.1f}'} times as long)"
             for name, seconds in self.trials.items()
             for arithmetic, taken in seconds.items()
             if (name, arithmetic) not in self.processes
@@ -110,23 +118,26 @@ class Sides:
 
 
 def try_arithmetics(kinds: list[Kind], args: tuple, texts: list[str]) -> dict[str, dict[str, float]]:
-    """Seconds for a few short texts in each arithmetic that a side can choose between, by the side's name."""
+    """Seconds for a few texts in each arithmetic, if a side has several, by its name. Infinite: over 10 times the fastest."""
     import numpy as np
+
+    def run(side: Training | Labelling, count: int) -> float:
+        start = time.perf_counter()
+        if isinstance(side, Training):
+            side.step(np.argsort(side.lengths, kind="stable")[:count])
+        else:
+            side.label(texts[:count])
+        return time.perf_counter() - start
 
     seconds: dict[str, dict[str, float]] = {}
     for kind in kinds:
-        for arithmetic in kind.arithmetics:
-            taken = 0.0
-            if len(kind.arithmetics) > 1:
-                side = kind(*args, arithmetic)
-                for _ in range(2):  # the first warms up
-                    start = time.perf_counter()
-                    if isinstance(side, Training):
-                        side.step(np.argsort(side.lengths, kind="stable")[:8])
-                    else:
-                        side.label(texts[:4])
-                    taken = time.perf_counter() - start
-            seconds.setdefault(kind.name, {})[arithmetic] = taken
+        seconds[kind.name], warming_up = dict.fromkeys(kind.arithmetics, 0.0), math.inf
+        for arithmetic in kind.arithmetics if len(kind.arithmetics) > 1 else ():
+            side = kind(*args, arithmetic)
+            first = run(side, 1)
+            warming_up = min(first, warming_up)
+            seconds[kind.name][arithmetic] = run(side, 16) if first < 10 * warming_up else math.inf
+        print(f"tried {kind.name}:", seconds[kind.name], file=sys.stderr)
     return seconds
 
 
@@ -236,19 +247,18 @@ def measure_training(folder: Path, limit: Limit, trials: Process, options: argpa
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key in sides.processes}
     for number in range(min(map(len, batches.values()))):
         for (name, arithmetic), process in sides.processes.items():
-            start = time.perf_counter()
-            process.ask("step", batches[name][number])
-            seconds[name, arithmetic].append(time.perf_counter() - start)
+            _, taken = process.take_turn("step", batches[name][number])
+            seconds[name, arithmetic].append(taken)
         limit.measure()
-        print(f"batch {number}", *(f"{taken[-1]:.2f} s" for taken in seconds.values()), file=sys.stderr)
+        print(f"batch {number}", *(f"{values[-1]:.2f} s" for values in seconds.values()), file=sys.stderr)
 
     rows = sides.rows("first step")
     for row, ((name, arithmetic), process) in zip(rows, sides.processes.items(), strict=True):
-        taken = seconds[name, arithmetic][1:]  # the first batch warms up
-        measured = np.concatenate(batches[name][1 : 1 + len(taken)])
-        row["examples/s"] = len(measured) / sum(taken)
+        total = sum(seconds[name, arithmetic][1:])  # the first batch warms up
+        measured = np.concatenate(batches[name][1 : len(seconds[name, arithmetic])])
+        row["examples/s"] = len(measured) / total
         row["peak memory, MB"] = process.ask("peak_memory")
-        row |= limit.shares(arithmetic, int(lengths[measured].sum()), sum(taken), training=True)
+        row |= limit.shares(arithmetic, int(lengths[measured].sum()), total, training=True)
         process.pool.shutdown()
     return {"rows": rows, "notes": [sides.left_out()]}
 
@@ -263,9 +273,9 @@ def measure_inference(
     scores: dict[tuple[str, str], list[Any]] = {key: [] for key in sides.processes}
     for number, part in enumerate(np.array_split(texts, 1 + options.rounds)):
         for key, process in sides.processes.items():
-            start = time.perf_counter()
-            scores[key].append(process.ask("label", part.tolist()))
-            seconds[key] += (time.perf_counter() - start) * (number > 0)  # the first round warms up
+            labelled, taken = process.take_turn("label", part.tolist())
+            scores[key].append(labelled)
+            seconds[key] += taken * (number > 0)  # the first round warms up
         limit.measure()
         print(f"labelled {len(part)} texts", *(f"{taken:.2f} s" for taken in seconds.values()), file=sys.stderr)
     measured = texts[len(np.array_split(texts, 1 + options.rounds)[0]) :]
@@ -290,9 +300,7 @@ def measure_latency(sides: Sides, texts: list[str], options: argparse.Namespace)
             process.ask("set_threads", threads)
         for text in texts[: options.texts // 8] * 2:
             for taken, process in zip(seconds, sides.processes.values(), strict=True):
-                start = time.perf_counter()
-                process.ask("label", [text])
-                taken.append(time.perf_counter() - start)
+                taken.append(process.take_turn("label", [text])[1])
         for row, taken in zip(rows, seconds, strict=True):
             warm = sorted(taken[len(taken) // 2 :])
             name = f"{threads} thread{'s' * (threads > 1)}"

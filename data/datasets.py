@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError
-from common.hub import hub_file
 
 AG_NEWS = "SetFit/ag_news"  # the hub's copy of AG News as train.jsonl and test.jsonl
 SAMPLE = Path(__file__).parent / "sample"  # a small corpus with AG News' classes, written for this project
@@ -61,6 +60,8 @@ def load_dataset(name_or_path: str) -> Dataset:
     if name_or_path == "sample":
         train, test = SAMPLE / "train.jsonl", SAMPLE / "test.jsonl"
     elif name_or_path == "ag_news":
+        from common.hub import hub_file  # here: predict.py reads texts, and needs no hub
+
         train, test = (hub_file(AG_NEWS, f"{part}.jsonl", repo_type="dataset") for part in ("train", "test"))
     elif os.path.isdir(folder):  # Path.is_dir raises OSError for a name that is too long
         train, test = _find_parts(folder)

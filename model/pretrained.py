@@ -22,7 +22,6 @@ from torch.overrides import TorchFunctionMode
 
 from common.errors import UserError
 from common.files import new_folder, read_json, read_safetensors, sha256_of_file
-from common.hub import hub_file
 from model.distilbert import DistilBertConfig, DistilBertForSequenceClassification, init_weights
 
 # BERT's name -> ours: of fields of config.json, and of parts of weight keys, which are replaced in this order.
@@ -156,6 +155,8 @@ def _locate(name_or_path: str, revision: str | None) -> tuple[Path, Path, Path, 
     elif os.path.isfile(name_or_path):
         raise UserError(f"{name_or_path} is a file: name the folder that contains {', '.join(names)}")
     else:
+        from common.hub import hub_file  # here: the hub's client takes 0.15 s to import, and a folder does not need it
+
         config = hub_file(name_or_path, names[0], revision)
         commit = config.parent.name  # the cache names the folder after it: all three files come from one commit
         return config, hub_file(name_or_path, names[1], commit), hub_file(name_or_path, names[2], commit), commit
