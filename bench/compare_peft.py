@@ -410,7 +410,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument(
-        "--batches", type=int, default=8, help="batches that each side trains on; a large number for the whole epoch [8]"
+        "--batches", type=int, default=6, help="batches that each side trains on; a large number for the whole epoch [6]"
     )
     parser.add_argument(
         "--texts", type=int, default=320, help="texts that each side labels; an eighth of them one by one [320]"
