@@ -131,12 +131,14 @@ def try_arithmetics(kinds: list[Kind], args: tuple, texts: list[str]) -> dict[st
 
     seconds: dict[str, dict[str, float]] = {}
     for kind in kinds:
-        seconds[kind.name], warming_up = dict.fromkeys(kind.arithmetics, 0.0), math.inf
+        seconds[kind.name], fastest = dict.fromkeys(kind.arithmetics, 0.0), math.inf
         for arithmetic in kind.arithmetics if len(kind.arithmetics) > 1 else ():
             side = kind(*args, arithmetic)
-            first = run(side, 1)
-            warming_up = min(first, warming_up)
-            seconds[kind.name][arithmetic] = run(side, 16) if first < 10 * warming_up else math.inf
+            if run(side, 1) > 10 * fastest:
+                seconds[kind.name][arithmetic] = math.inf
+                continue
+            fastest = min(fastest, run(side, 1))  # the first time, it still imports
+            seconds[kind.name][arithmetic] = run(side, 16)
         print(f"tried {kind.name}:", seconds[kind.name], file=sys.stderr)
     return seconds
 
