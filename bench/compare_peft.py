@@ -24,7 +24,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import timeit
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from datetime import date
@@ -34,12 +33,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from limit import SLOW, Limit
 from peers import LABELLING, OURS, TRAINING, Labelling, Pipeline, Training, Tutorial, export_onnx
 
 from common.errors import run_cli
 
+os.environ.setdefault("PYTHONWARNINGS", "ignore")  # in the sides' processes
 PARTS = "training", "inference", "latency"
-SLOW = 4  # an arithmetic that takes so many times as long as the fastest is not measured further
 Kind = Any  # a subclass of Training or Labelling
 
 
@@ -144,71 +144,6 @@ def try_arithmetics(kinds: list[Kind], args: tuple, texts: list[str]) -> dict[st
     return seconds
 
 
-class Limit:
-    """The rate of the linear layers' products alone, in each arithmetic. No implementation on this machine can be faster."""
-
-    def __init__(self, config: dict[str, Any]):
-        import torch
-
-        d, h = config["dim"], config["hidden_dim"]
-        block, self.layers = 4 * d * d + 2 * d * h, config["n_layers"]
-        self.forward = (self.layers - 1) * block + 2 * d * d  # the last layer needs only keys and values of all tokens
-        self.backward = self.forward - 3 * d * d  # the first needs no gradient of its input
-        self.flops, self.seconds = 0, dict.fromkeys(("float32", "bfloat16", "int8"), 0.0)
-        self.weights: dict[str, list[tuple[Any, Callable]]] = {name: [] for name in self.seconds}
-        for shape in [(d, d), (h, d), (d, h)]:
-            weight = torch.randn(shape)
-            for name in self.seconds:
-                for matrix in (weight, weight.t().contiguous()):  # forward, backward
-                    self.weights[name].append((matrix.shape, product(name, matrix)))
-        self.measure(tokens=64)
-        least = min(self.seconds.values())
-        self.flops, self.seconds = 0, {name: 0.0 for name, taken in self.seconds.items() if taken < SLOW * least}
-
-    def measure(self, tokens: int = 1024) -> None:
-        """Time every product: the best of three, when the threads of the last side are asleep."""
-        import torch
-
-        time.sleep(0.02)
-        for name in self.seconds:
-            for (_, size), multiply in self.weights[name]:
-                x = torch.randn(tokens, size)
-                x = x.bfloat16() if name == "bfloat16" else x
-                self.seconds[name] += min(timeit.repeat(lambda f=multiply, x=x: f(x), number=1, repeat=4)[1:])
-        self.flops += sum(2 * tokens * shape.numel() for shape, _ in self.weights["float32"])
-
-    def rates(self) -> dict[str, float]:
-        """FLOP/s."""
-        return {name: self.flops / taken for name, taken in self.seconds.items()}
-
-    def sentence(self) -> str:
-        listed = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in self.rates().items())
-        return f"Bare products: {listed}. The limit is the fastest of them."
-
-    def shares(self, arithmetic: str, tokens: int, seconds: float, training: bool) -> dict[str, float]:
-        """What part of `seconds` bare products need for these tokens (without padding): in that arithmetic, in the fastest."""
-        needed, rates = 2 * tokens * (self.forward + training * self.backward), self.rates()
-        own = {"of its products": needed / seconds / rates[arithmetic]} if arithmetic in rates else {}
-        return own | {"of the limit": needed / seconds / max(rates.values())}
-
-
-def product(arithmetic: str, weight: Any) -> Callable[[Any], Any]:
-    """The function from x to x W^T that is the fastest known with a weight that never changes."""
-    import torch
-    import torch.nn.functional as F
-
-    if arithmetic == "int8":
-        scales, zeros = weight.abs().amax(dim=1) / 127, torch.zeros(len(weight), dtype=torch.int64)
-        quantized = torch.quantize_per_channel(weight, scales, zeros, axis=0, dtype=torch.qint8)
-        packed = torch.ops.quantized.linear_prepack(quantized, None)
-        return lambda x: torch.ops.quantized.linear_dynamic(x, packed)
-    if arithmetic == "bfloat16" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        reordered = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16())
-        return lambda x: torch.ops.mkldnn._linear_pointwise(x, reordered, None, "none", [], "")
-    weight = weight.to(getattr(torch, arithmetic))
-    return lambda x: F.linear(x, weight)
-
-
 def make_checkpoint(folder: Path, tiny: bool) -> None:
     import torch
 
@@ -286,7 +221,9 @@ def measure_inference(
     rows = sides.rows("first label")
     for row, (key, taken) in zip(rows, seconds.items(), strict=True):
         row["texts/s"] = len(measured) / taken
-        row["largest change of a score"] = float(np.abs(np.concatenate(scores[key]) - reference).max())
+        row["largest change of a score"] = change = float(np.abs(np.concatenate(scores[key]) - reference).max())
+        if change > 1e-3 and key[1] == "float32":
+            raise RuntimeError(f"{key[0]} computes something else: a score differs by {change}")
         row |= limit.shares(key[1], tokens, taken, training=False)
     return {"rows": rows, "notes": [sides.left_out()]}
 
@@ -308,7 +245,7 @@ def measure_latency(sides: Sides, texts: list[str], options: argparse.Namespace)
             name = f"{threads} thread{'s' * (threads > 1)}"
             row[f"{name}: median, ms"] = 1000 * statistics.median(warm)
             row[f"{name}: p95, ms"] = 1000 * warm[int(0.95 * len(warm))]
-    return {"rows": rows, "notes": [sides.left_out()]}
+    return {"rows": rows, "notes": []}
 
 
 def first_answer(folder: Path, rounds: int) -> str:
@@ -388,7 +325,7 @@ def cell(column: str, value: Any) -> str:
     return f"{value:.4f}" if column.endswith("score") else f"{value:,.0f}" if value >= 1000 else f"{value:,.1f}"
 
 
-def circumstances(options: argparse.Namespace) -> dict[str, Any]:
+def circumstances() -> dict[str, Any]:
     import torch
 
     try:
@@ -425,7 +362,7 @@ def main() -> None:
         options.batches, options.texts, options.rounds, options.max_length = 2, 16, 1, 32
     with tempfile.TemporaryDirectory() as temporary:
         result = compare(Path(temporary) / "distilbert", [options.only] if options.only else list(PARTS), options)
-    about = circumstances(options)
+    about = circumstances()
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     print(f"{about['processor']}; {versions}; {about['date']}; `{about['command']}`")
     for name, part in result.items():

@@ -6,7 +6,6 @@ Their imports are inside the functions: the seconds from a process's start to it
 import math
 import os
 import queue
-import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ class Training:
 
         from data import load_dataset
 
-        self.max_length, self.dtype = max_length, getattr(torch, arithmetic)
+        self.folder, self.max_length, self.dtype = folder, max_length, getattr(torch, arithmetic)
         data = load_dataset(dataset)
         self.train, self.num_labels = data.train, len(data.label_names)
         torch.manual_seed(0)
@@ -192,7 +191,7 @@ class WithTrainer(Tutorial):
                 done.put(error)
 
         arguments = transformers.TrainingArguments(
-            output_dir=tempfile.mkdtemp(),
+            output_dir=str(self.folder / "trainer"),
             max_steps=len(batches),
             per_device_train_batch_size=len(batches[0]),
             train_sampling_strategy="sequential",  # the batches were shuffled already
