@@ -1,298 +1,147 @@
-"""Compare with transformers + peft: training, inference, memory, start-up, and the fraction of the machine's GEMM rate.
+"""Compare with transformers + peft and with ONNX Runtime: training, labelling, latency, memory, and the machine's limit.
 
-python bench/compare_peft.py                      on the embedded sample
+python bench/compare_peft.py                      on the embedded sample: Markdown tables, and compare_peft.json
+python bench/compare_peft.py --only training      one part: training, inference (texts/s) or latency (of one text)
 python bench/compare_peft.py --dataset my/folder  on your own texts
 python bench/compare_peft.py --tiny               a small model and two batches, to check that this script still runs
 
-All sides start from the same random full-size DistilBERT and train with its dropout, r = 2 on q_lin and v_lin and the head,
-AdamW, the same seed and the same maximum length. Each side runs in its own process, so that it does not inherit the heap and
-the caches of another. The sides take turns batch by batch: a machine that slows down slows all of them. No network is needed.
+All sides (bench/peers.py) start from the same random full-size DistilBERT and train with its dropout, r = 2 on q_lin and v_lin
+and the head, AdamW, the same seed and the same maximum length. Each side runs in its own process, so that it does not inherit
+the heap and the caches of another. The sides take turns batch by batch: a machine that slows down slows all of them.
+A peer computes in float32 or in bfloat16, whichever is faster here. No network is needed.
 """
 
 import argparse
+import itertools
 import json
 import math
 import multiprocessing
+import os
 import platform
+import shlex
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from limit import SLOW, Limit
+from peers import LABELLING, OURS, TRAINING, Labelling, Pipeline, Training, Tutorial, export_onnx
+
 from common.errors import run_cli
 
-OURS, TUTORIAL = "plain-lora", "peft, tutorial"
-LORA: dict[str, Any] = {
-    "task_type": "SEQ_CLS",
-    "r": 2,
-    "lora_alpha": 16,
-    "lora_dropout": 0.1,
-    "target_modules": ["q_lin", "v_lin"],
-}
-
-
-class Side:
-    """One way to train and label with the base model in `folder`: `step` trains on one batch, `label` labels texts."""
-
-    micro_batching = False  # True: a batch goes through the model in micro-batches of at most TOKENS tokens, padding included
-    lengths: Any  # of the training texts, in tokens
-    labelling: Callable[[list[str]], Any] | None = None  # made by `labeller` at its first use
-
-    def __init__(self, folder: Path, dataset: str, max_length: int):
-        import torch
-
-        from data import load_dataset
-        from training.device import choose_dtype
-
-        self.max_length, self.dtype = max_length, choose_dtype("auto", torch.device("cpu"))[0]
-        data = load_dataset(dataset)
-        self.train, self.num_labels = data.train, len(data.label_names)
-        torch.manual_seed(0)
-        self.model = self.build(folder)
-        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = self.make_optimizer()
-        self.model.train()
-
-    def build(self, folder: Path) -> Any:
-        raise NotImplementedError
-
-    def make_optimizer(self) -> Any:
-        raise NotImplementedError
-
-    def logits(self, batch: Any) -> Any:
-        raise NotImplementedError
-
-    def labeller(self) -> Callable[[list[str]], Any]:
-        """A function from texts to scores. It tokenises; its adapter is merged."""
-        raise NotImplementedError
-
-    def step(self, batch: Any) -> None:
-        import torch
-        import torch.nn.functional as F
-
-        for micro_batch in split(self.lengths, batch) if self.micro_batching else [batch]:
-            labels = torch.from_numpy(self.train.labels[micro_batch])
-            (F.cross_entropy(self.logits(micro_batch), labels, reduction="sum") / len(batch)).backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def label(self, texts: list[str]) -> None:
-        """The first call merges the adapter."""
-        self.labelling = self.labelling or self.labeller()
-        self.labelling(texts)
-
-    def about(self) -> tuple[Any, Any, Any]:
-        """The lengths of the training texts, the network's configuration, the type of the frozen weights."""
-        return self.lengths, self.model.get_base_model().config, self.dtype
-
-    def peak_memory(self) -> float:
-        """MB, since the process began."""
-        import torch
-
-        from training.device import peak_memory_mb
-
-        return peak_memory_mb(torch.device("cpu")) or math.nan
-
-
-class PlainLora(Side):
-    """Like train.py: frozen weights in bfloat16, batches of similar length, at most 1,024 tokens at a time."""
-
-    micro_batching = True
-
-    def build(self, folder: Path) -> Any:
-        import torch
-
-        from data import tokenize
-        from lora import LoraConfig, get_peft_model
-        from model import load_pretrained
-        from training.device import cast_frozen_matrices
-        from training.evaluation import ModelRunner
-
-        base, self.tokenizer = load_pretrained(str(folder), self.num_labels)
-        self.texts = tokenize(self.tokenizer, self.train.texts, self.max_length)
-        self.lengths = self.texts.lengths
-        model = get_peft_model(base, LoraConfig(**LORA))
-        cast_frozen_matrices(model, self.dtype)
-        self.runner = ModelRunner(model, torch.device("cpu"), self.dtype)
-        return model
-
-    def make_optimizer(self) -> Any:
-        import torch
-
-        return torch.optim.AdamW(self.parameters, lr=1e-4, weight_decay=0.01, fused=True)
-
-    def logits(self, batch: Any) -> Any:
-        return self.runner(self.texts, batch)
-
-    def labeller(self) -> Callable[[list[str]], Any]:
-        import torch
-
-        from training.evaluation import ModelRunner
-        from training.inference import Classifier
-
-        names = [str(i) for i in range(self.num_labels)]
-        runner = ModelRunner(self.model.merge_and_unload(), torch.device("cpu"), self.dtype)
-        classifier = Classifier(runner, self.tokenizer, names, self.max_length)
-        return lambda texts: [list(answer["scores"].values()) for answer in classifier.label(texts)]
-
-
-class Bfloat16(Side):
-    """transformers + peft, frozen weights in bfloat16 under autocast, fused AdamW, whole batches of similar length (like
-    Trainer with group_by_length), and the default attention, 'sdpa'; inference merged, in bfloat16, sorted by length."""
-
-    attention = "sdpa"
-    fused = True
-
-    def build(self, folder: Path) -> Any:
-        import numpy as np
-        import peft
-        import transformers
-
-        transformers.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-        base = transformers.AutoModelForSequenceClassification.from_pretrained(
-            folder, num_labels=self.num_labels, attn_implementation=self.attention
-        )
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        self.ids = self.tokenizer(self.train.texts, truncation=True, max_length=self.max_length)["input_ids"]
-        self.lengths = np.array([len(ids) for ids in self.ids])
-        model = peft.get_peft_model(base, peft.LoraConfig(**LORA))
-        for parameter in model.parameters():
-            if not parameter.requires_grad:
-                parameter.data = parameter.data.to(self.dtype)
-        return model
-
-    def make_optimizer(self) -> Any:
-        import torch
-
-        return torch.optim.AdamW(self.parameters, lr=1e-4, fused=self.fused)
-
-    def logits(self, batch: Any) -> Any:
-        import torch
-
-        inputs = self.tokenizer.pad({"input_ids": [self.ids[i] for i in batch]}, return_tensors="pt")
-        with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
-            return self.model(**inputs).logits.float()
-
-    def labeller(self) -> Callable[[list[str]], Any]:
-        import numpy as np
-        import torch
-
-        merged = self.model.merge_and_unload().eval().to(self.dtype)
-
-        def label(texts: list[str]) -> Any:
-            ids = self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
-            order = np.argsort([len(row) for row in ids], kind="stable")
-            scores = torch.empty(len(texts), self.num_labels)
-            with torch.inference_mode():
-                for batch in np.array_split(order, math.ceil(len(order) / 32)):
-                    inputs = self.tokenizer.pad({"input_ids": [ids[i] for i in batch]}, return_tensors="pt")
-                    scores[batch] = merged(**inputs).logits.float().softmax(dim=-1)
-            return scores
-
-        return label
-
-
-class Tuned(Bfloat16):
-    """Like bfloat16, and with this project's findings: parts of a batch, smaller caches of oneDNN, and the attention 'eager',
-    which is faster on a CPU with dropout."""
-
-    attention = "eager"
-    micro_batching = True
-
-
-class Tutorial(Bfloat16):
-    """transformers + peft in float32, shuffled, padded to the longest of the batch; inference by pipeline, merged."""
-
-    fused = False
-
-    def build(self, folder: Path) -> Any:
-        import torch
-
-        self.dtype = torch.float32
-        return super().build(folder)
-
-    def labeller(self) -> Callable[[list[str]], Any]:
-        import transformers
-
-        merged = self.model.merge_and_unload().eval()
-        pipeline = transformers.pipeline("text-classification", model=merged, tokenizer=self.tokenizer, top_k=None)
-        return lambda texts: pipeline(texts, batch_size=32, truncation=True, max_length=self.max_length)
-
-
-SIDES: dict[str, type[Side]] = {
-    OURS: PlainLora,
-    "peft, bfloat16": Bfloat16,
-    "peft, tuned": Tuned,
-    TUTORIAL: Tutorial,
-}
-
-
-def split(lengths: Any, batch: Any) -> list[Any]:
-    from data import micro_batches
-    from training.evaluation import TOKENS  # imports fast_cpu.py, which makes oneDNN's caches smaller
-
-    return micro_batches(lengths, batch, TOKENS)
+os.environ.setdefault("PYTHONWARNINGS", "ignore")  # in the sides' processes
+PARTS = "training", "inference", "latency"
+Kind = Any  # a subclass of Training or Labelling
 
 
 class Process:
-    """A side in its own process, ready for its first step. An exception there is raised here again."""
+    """A side in its own process. An exception there is raised here again."""
 
-    side: Side  # set in the other process
+    side: Training | Labelling  # set in the other process
 
-    def __init__(self, name: str, *about: Any):
-        """`about` holds the arguments of the side's class."""
-        context = multiprocessing.get_context("spawn")
-        self.pool = ProcessPoolExecutor(1, context, self.begin, (name, *about))
-        self.lengths, self.config, self.dtype = self.ask("about")
+    def __init__(self) -> None:
+        self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        return self.pool.submit(function, *args).result()
 
     @staticmethod
-    def begin(name: str, *about: Any) -> None:
-        Process.side = SIDES[name](*about)
+    def begin(kind: Kind, *args: Any) -> None:
+        Process.side = kind(*args)
 
     @staticmethod
     def answer(method: str, *args: Any) -> Any:
         return getattr(Process.side, method)(*args)
 
     def ask(self, method: str, *args: Any) -> Any:
-        return self.pool.submit(self.answer, method, *args).result()
+        return self.run(self.answer, method, *args)
+
+    def take_turn(self, method: str, *args: Any) -> tuple[Any, float]:
+        """The answer, and the seconds it took. Before, the threads of the last side get time to fall asleep."""
+        time.sleep(0.02)
+        start = time.perf_counter()
+        return self.ask(method, *args), time.perf_counter() - start
 
 
-class GemmRate:
-    """The rate of the linear layers' products alone. No implementation on this machine can be faster."""
+class Sides:
+    """Several sides, each ready for its first batch, with the seconds from the start of its process until then."""
 
-    def __init__(self, config: Any, dtype: Any):
-        import torch
+    def __init__(self, kinds: list[Kind], args: tuple, texts: list[str], rounds: int, trials: Process):
+        """`args` are those of the sides' classes. A side that labels has labelled the first of `texts` when it is ready."""
+        self.trials = trials.run(try_arithmetics, kinds, args, texts)
+        print("starting each side", rounds, "times", file=sys.stderr)
+        self.processes: dict[tuple[str, str], Process] = {}
+        self.starts: dict[tuple[str, str], list[float]] = {}
+        for _ in range(rounds):
+            for kind in kinds:
+                for arithmetic in self.chosen(kind):
+                    key = kind.name, arithmetic
+                    if key in self.processes:
+                        self.processes[key].pool.shutdown()
+                    start = time.perf_counter()
+                    self.processes[key] = process = Process()
+                    process.run(Process.begin, kind, *args, arithmetic)
+                    if issubclass(kind, Labelling):
+                        process.ask("label", texts[:1])
+                    self.starts.setdefault(key, []).append(time.perf_counter() - start)
 
-        self.d, self.h, self.layers, self.dtype = config.dim, config.hidden_dim, config.n_layers, dtype
-        self.flops, self.seconds = 0.0, 0.0
-        self.weights = [torch.randn(shape).to(self.dtype) for shape in [(self.d, self.d), (self.h, self.d), (self.d, self.h)]]
+    def chosen(self, kind: Kind) -> list[str]:
+        """The arithmetics of a side that are measured: the fastest, or all but the slow ones."""
+        seconds = self.trials[kind.name]
+        least = min(seconds.values())
+        return [name for name, taken in seconds.items() if taken == least or (not kind.shows_fastest and taken < SLOW * least)]
 
-    def measure(self, tokens: int) -> None:
-        import torch
-        import torch.nn.functional as F
+    def rows(self, first: str) -> list[dict[str, Any]]:
+        """The rows of a table. `first` says what a side has done when it is ready."""
+        return [
+            {"": name, "arithmetic": arithmetic, f"{first} after, s": statistics.median(self.starts[name, arithmetic])}
+            for name, arithmetic in self.processes
+        ]
 
-        for weight in self.weights:
-            x, y = (torch.randn(tokens, n).to(self.dtype) for n in reversed(weight.shape))
-            for product in (lambda x=x, w=weight: F.linear(x, w), lambda y=y, w=weight: y @ w):  # forward, backward
-                product()
-                start = time.perf_counter()
-                product()
-                self.seconds += time.perf_counter() - start
-                self.flops += 2 * tokens * weight.numel()
+    def left_out(self) -> str:
+        """A sentence about the arithmetics that were tried only."""
+        slower = []
+        for name, seconds in self.trials.items():
+            for arithmetic, taken in seconds.items():
+                if (name, arithmetic) not in self.processes:
+                    times = "over 10" if taken == math.inf else f"{taken / min(seconds.values()):.1f}"
+                    slower.append(f"{name} in {arithmetic} ({times} times as long)")
+        return f"Tried on a few texts and left out: {', '.join(slower)}." if slower else ""
 
-    def needed(self, tokens: int) -> float:
-        """FLOPs of a step's frozen linear layers. The last needs only keys and values, the first no gradient of its input."""
-        block = 4 * self.d**2 + 2 * self.d * self.h
-        forward = (self.layers - 1) * block + 2 * self.d**2
-        return 2.0 * tokens * (2 * forward - 3 * self.d**2)
+
+def try_arithmetics(kinds: list[Kind], args: tuple, texts: list[str]) -> dict[str, dict[str, float]]:
+    """Seconds for a few texts in each arithmetic, if a side has several, by its name. Infinite: over 10 times the fastest."""
+    import numpy as np
+
+    def run(side: Training | Labelling, count: int) -> float:
+        start = time.perf_counter()
+        if isinstance(side, Training):
+            side.step(np.argsort(side.lengths, kind="stable")[:count])
+        else:
+            side.label(texts[:count])
+        return time.perf_counter() - start
+
+    seconds: dict[str, dict[str, float]] = {}
+    for kind in kinds:
+        seconds[kind.name], fastest = dict.fromkeys(kind.arithmetics, 0.0), math.inf
+        for arithmetic in kind.arithmetics if len(kind.arithmetics) > 1 else ():
+            side = kind(*args, arithmetic)
+            if run(side, 1) > 10 * fastest:
+                seconds[kind.name][arithmetic] = math.inf
+                continue
+            fastest = min(fastest, run(side, 1))  # the first time, it still imports
+            seconds[kind.name][arithmetic] = run(side, 16)
+        print(f"tried {kind.name}:", seconds[kind.name], file=sys.stderr)
+    return seconds
 
 
 def make_checkpoint(folder: Path, tiny: bool) -> None:
@@ -307,118 +156,221 @@ def make_checkpoint(folder: Path, tiny: bool) -> None:
 
 
 def spread(batches: list[Any], lengths: Any, count: int) -> list[Any]:
-    """The longest batch, to warm up, and then `count` - 1 batches spread evenly over the lengths, or all of them.
+    """The longest batch, to warm up, and then `count` batches spread evenly over the lengths, or all of them.
 
     The few longest batches cost the most, above all in attention and memory. Only a whole epoch weighs them correctly.
     """
-    count = 1 + min(count - 1, len(batches))
+    count = min(count, len(batches))
     order = sorted(batches, key=lambda batch: lengths[batch].max())
-    picked = [order[round((i + 0.5) * len(order) / (count - 1) - 0.5)] for i in range(count - 1)]
-    return [order[-1], *picked]
+    return [order[-1], *(order[round((i + 0.5) * len(order) / count - 0.5)] for i in range(count))]
 
 
-def compare(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+def measure_training(folder: Path, limit: Limit, trials: Process, options: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
 
     from data import load_dataset, training_batches
 
-    texts = load_dataset(options.dataset).test.texts[: options.texts]  # first, so that a mistyped name is reported at once
-    sides: dict[str, Process] = {}
-    starting: dict[str, list[float]] = {name: [] for name in SIDES}
-    for _ in range(options.rounds):
-        for name in SIDES:
-            if name in sides:
-                sides[name].pool.shutdown()
-            start = time.perf_counter()
-            sides[name] = Process(name, folder, options.dataset, options.max_length)
-            starting[name].append(time.perf_counter() - start)
+    texts = load_dataset(options.dataset).train.texts
+    lengths = count_tokens(folder, texts, options.max_length)
+    size = min(options.batch_size, len(lengths))
+    similar = spread(training_batches(lengths, size, seed=0, epoch=0), lengths, options.batches)
+    random = np.random.default_rng(0).permutation(len(lengths))
+    shuffled = spread(list(random[: len(random) // size * size].reshape(-1, size)), lengths, options.batches)
+    batches = {kind.name: shuffled if issubclass(kind, Tutorial) else similar for kind in TRAINING}
 
-    lengths = sides[OURS].lengths
-    similar = spread(training_batches(lengths, options.batch_size, seed=0, epoch=0), lengths, 1 + options.batches)
-    shuffled = np.array_split(np.random.default_rng(0).permutation(len(lengths)), math.ceil(len(lengths) / options.batch_size))
-    shuffled = spread(shuffled, lengths, 1 + options.batches)
-    gemm = GemmRate(sides[OURS].config, sides[OURS].dtype)
-    seconds: dict[str, list[float]] = {name: [] for name in SIDES}
-    examples = dict.fromkeys(SIDES, 0)
-    tokens = 0
-    for number in range(len(similar)):
-        for name, side in sides.items():
-            batch = (shuffled if name == TUTORIAL else similar)[number]
-            start = time.perf_counter()
-            side.ask("step", batch)
-            if number:  # the first batch warms up
-                seconds[name].append(time.perf_counter() - start)
-                examples[name] += len(batch)
-        if number:
-            sizes = [len(micro_batch) * int(lengths[micro_batch].max()) for micro_batch in split(lengths, similar[number])]
-            tokens += sum(sizes)
-            gemm.measure(max(sizes))
-            print(f"batch {number}", *(f"{seconds[name][-1]:.2f} s" for name in SIDES), file=sys.stderr)
-    memory = {name: side.ask("peak_memory") for name, side in sides.items()}
+    sides = Sides(TRAINING, (folder, options.dataset, options.max_length), texts, options.rounds, trials)
+    for (name, _), process in sides.processes.items():
+        process.ask("prepare", batches[name])
+    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in sides.processes}
+    for number in range(min(map(len, batches.values()))):
+        for (name, arithmetic), process in sides.processes.items():
+            _, taken = process.take_turn("step", batches[name][number])
+            seconds[name, arithmetic].append(taken)
+        limit.measure()
+        print(f"batch {number}", *(f"{values[-1]:.2f} s" for values in seconds.values()), file=sys.stderr)
 
-    labelling: dict[str, list[float]] = {name: [] for name in SIDES}
-    for number in range(1 + options.rounds):
-        for name, side in sides.items():
-            start = time.perf_counter()
-            side.ask("label", texts)
-            if number:
-                labelling[name].append(time.perf_counter() - start)
-    rate = gemm.flops / gemm.seconds
+    rows = sides.rows("first step")
+    for row, ((name, arithmetic), process) in zip(rows, sides.processes.items(), strict=True):
+        total = sum(seconds[name, arithmetic][1:])  # the first batch warms up
+        measured = np.concatenate(batches[name][1 : len(seconds[name, arithmetic])])
+        row["examples/s"] = len(measured) / total
+        row["peak memory, MB"] = process.ask("peak_memory")
+        row |= limit.shares(arithmetic, int(lengths[measured].sum()), total, training=True)
+        process.pool.shutdown()
+    return {"rows": rows, "notes": [sides.left_out()]}
+
+
+def measure_inference(
+    sides: Sides, folder: Path, limit: Limit, texts: list[str], options: argparse.Namespace
+) -> dict[str, Any]:
+    """Each round labels other texts, so that their lengths are new, as they are in a file."""
+    import numpy as np
+
+    seconds: dict[tuple[str, str], float] = dict.fromkeys(sides.processes, 0.0)
+    scores: dict[tuple[str, str], list[Any]] = {key: [] for key in sides.processes}
+    for number, part in enumerate(np.array_split(texts, 1 + options.rounds)):
+        for key, process in sides.processes.items():
+            labelled, taken = process.take_turn("label", part.tolist())
+            scores[key].append(labelled)
+            seconds[key] += taken * (number > 0)  # the first round warms up
+        limit.measure()
+        print(f"labelled {len(part)} texts", *(f"{taken:.2f} s" for taken in seconds.values()), file=sys.stderr)
+    measured = texts[len(np.array_split(texts, 1 + options.rounds)[0]) :]
+    tokens = int(count_tokens(folder, measured, options.max_length).sum())
+    reference = np.concatenate(scores[Pipeline.name, "float32"])
+    rows = sides.rows("first label")
+    for row, (key, taken) in zip(rows, seconds.items(), strict=True):
+        row["texts/s"] = len(measured) / taken
+        row["largest change of a score"] = change = float(np.abs(np.concatenate(scores[key]) - reference).max())
+        if change > 1e-3 and key[1] == "float32":
+            raise RuntimeError(f"{key[0]} computes something else: a score differs by {change}")
+        row |= limit.shares(key[1], tokens, taken, training=False)
+    return {"rows": rows, "notes": [sides.left_out()]}
+
+
+def measure_latency(sides: Sides, texts: list[str], options: argparse.Namespace) -> dict[str, Any]:
+    """One text at a time. Every text was labelled once before, as in a program that has run for a while."""
+    import torch
+
+    rows: list[dict[str, Any]] = [{"": name, "arithmetic": arithmetic} for name, arithmetic in sides.processes]
+    for threads in dict.fromkeys((1, torch.get_num_threads())):
+        seconds: list[list[float]] = [[] for _ in rows]
+        for process in sides.processes.values():
+            process.ask("set_threads", threads)
+        for text in texts[: options.texts // 8] * 2:
+            for taken, process in zip(seconds, sides.processes.values(), strict=True):
+                taken.append(process.take_turn("label", [text])[1])
+        for row, taken in zip(rows, seconds, strict=True):
+            warm = sorted(taken[len(taken) // 2 :])
+            name = f"{threads} thread{'s' * (threads > 1)}"
+            row[f"{name}: median, ms"] = 1000 * statistics.median(warm)
+            row[f"{name}: p95, ms"] = 1000 * warm[int(0.95 * len(warm))]
+    return {"rows": rows, "notes": []}
+
+
+def first_answer(folder: Path, rounds: int) -> str:
+    """A sentence: where the seconds of predict.py go until it prints its first label."""
+    code = """
+import json, sys, time
+marks = [time.time()]
+import torch; marks.append(time.time())
+import predict; marks.append(time.time())
+from training.inference import load_classifier; from pathlib import Path
+classifier = load_classifier(Path(sys.argv[1])); marks.append(time.time())
+next(classifier.label(["Oil prices rose on Monday"])); marks.append(time.time())
+print(json.dumps(marks))
+"""
+    runs = []
+    for _ in range(rounds):
+        start = time.time()
+        command = [sys.executable, "-c", code, str(folder)]
+        done = subprocess.run(command, cwd=Path(__file__).parent.parent, check=True, stdout=subprocess.PIPE, text=True)
+        marks = [start, *json.loads(done.stdout)]
+        runs.append([after - before for before, after in itertools.pairwise(marks)])
+    seconds = [statistics.median(values) for values in zip(*runs, strict=True)]
+    stages = ["Python itself", "import torch", "the other imports", "loading the model", "labelling"]
+    parts = ", ".join(f"{stage} {taken:.2f}" for stage, taken in zip(stages, seconds, strict=True))
+    return f"predict.py has its first label after {sum(seconds):.2f} s: {parts}."
+
+
+def count_tokens(folder: Path, texts: list[str], max_length: int) -> Any:
+    """The length of each text, (N,)."""
+    from tokenizers import Tokenizer
+
+    from data import tokenize
+
+    return tokenize(Tokenizer.from_file(str(folder / "tokenizer.json")), texts, max_length).lengths
+
+
+def compare(folder: Path, parts: list[str], options: argparse.Namespace) -> dict[str, Any]:
+    from data import load_dataset
+
+    data = load_dataset(options.dataset)  # first, so that a mistyped name is reported at once
+    texts = (data.test.texts + data.train.texts)[: options.texts]
+    make_checkpoint(folder, options.tiny)
+    limit, trials, result = Limit(json.loads((folder / "config.json").read_text())), Process(), {}
+    if "training" in parts:
+        result["training"] = measure_training(folder, limit, trials, options)
+        result["training"]["notes"].append(limit.sentence())
+    if "inference" in parts or "latency" in parts:
+        trials.run(export_onnx, folder)
+        sides = Sides(LABELLING, (folder, options.max_length), texts, options.rounds, trials)
+        if "inference" in parts:
+            result["inference"] = measure_inference(sides, folder, limit, texts, options)
+            result["inference"]["notes"].append(limit.sentence())
+        if "latency" in parts:
+            result["latency"] = measure_latency(sides, texts, options)
+            result["latency"]["notes"].append(first_answer(folder, options.rounds))
+    return result
+
+
+def table(part: dict[str, Any], speed: str | None) -> str:
+    """Markdown. With a column `speed`, our rows are compared with every other one."""
+    rows = [dict(row) for row in part["rows"]]
+    for ours in [row for row in part["rows"] if row[""] == OURS]:
+        for row in rows:
+            if speed and row[""] != OURS:
+                row[f"{OURS} in {ours['arithmetic']}"] = f"{ours[speed] / row[speed]:.2f}x"
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    lines = [columns, ["---"] * len(columns), *([cell(column, row.get(column, "")) for column in columns] for row in rows)]
+    notes = "".join(f"\n\n{note}" for note in part["notes"] if note)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + notes
+
+
+def cell(column: str, value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if column.startswith("of "):
+        return f"{value:.0%}"
+    return f"{value:.4f}" if column.endswith("score") else f"{value:,.0f}" if value >= 1000 else f"{value:,.1f}"
+
+
+def circumstances() -> dict[str, Any]:
+    import torch
+
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next(line.split(": ")[1] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        processor = platform.processor() or platform.machine()
+    flags = [word if not os.path.exists(word) else Path(word).name for word in sys.argv[1:]]
     return {
-        "training, examples/s": {name: examples[name] / sum(seconds[name]) for name in SIDES},
-        "inference, texts/s": {name: len(texts) / statistics.mean(values) for name, values in labelling.items()},
-        "peak memory of training, MB": memory,
-        "seconds to the first step": {name: statistics.median(values) for name, values in starting.items()},
-        "GEMM rate, GFLOP/s": rate / 1e9,
-        "share of the GEMM rate": gemm.needed(tokens) / sum(seconds[OURS]) / rate,
+        "date": date.today().isoformat(),
+        "command": shlex.join(["python", "bench/compare_peft.py", *flags]),
+        "processor": f"{processor}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "onnxruntime")},
     }
-
-
-def table(result: dict[str, Any]) -> str:
-    names = list(SIDES)
-    lines = [["", *names, *(f"{OURS} against {name}" for name in names[1:])]]
-    lines.append(["---"] * len(lines[0]))
-    for what, values in result.items():
-        if isinstance(values, dict):
-            ratios = [f"{values[OURS] / values[name]:.2f}x" if name in values else "" for name in names[1:]]
-            lines.append([what, *(f"{values[name]:,.1f}" if name in values else "" for name in names), *ratios])
-    rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    share, rate = result["share of the GEMM rate"], result["GEMM rate, GFLOP/s"]
-    return f"{rows}\n\n{OURS} trains at {share:.0%} of the {rate:.0f} GFLOP/s that GEMMs of these shapes reach on this machine."
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=PARTS, help="this part; the others remain in the output file")
     parser.add_argument("--dataset", default="sample", help="as for train.py [sample]")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument(
-        "--batches", type=int, default=20, help="batches that each side trains on; a large number for the whole epoch [20]"
+        "--batches", type=int, default=6, help="batches that each side trains on; a large number for the whole epoch [6]"
     )
-    parser.add_argument("--texts", type=int, default=512, help="texts that each side labels [512]")
-    parser.add_argument("--rounds", type=int, default=3, help="how often each side labels and starts [3]")
+    parser.add_argument(
+        "--texts", type=int, default=320, help="texts that each side labels; an eighth of them one by one [320]"
+    )
+    parser.add_argument("--rounds", type=int, default=2, help="how often each side labels and starts [2]")
     parser.add_argument("--output", type=Path, default=Path("compare_peft.json"))
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     if options.tiny:
         options.batches, options.texts, options.rounds, options.max_length = 2, 16, 1, 32
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "distilbert"
-        make_checkpoint(folder, options.tiny)
-        result = compare(folder, options)
-    print(table(result))
-    import peft
-    import torch
-    import transformers
-
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
-    machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-    settings = {name: " ".join((side.__doc__ or "").split()) for name, side in SIDES.items()}
-    header = {"settings": settings, "versions": versions, "machine": machine}
-    header["options"] = {key: value for key, value in vars(options).items() if key != "output"} | {
-        "dataset": Path(options.dataset).name
-    }
-    options.output.write_text(json.dumps(header | {"results": result}, indent=2) + "\n")
+        result = compare(Path(temporary) / "distilbert", [options.only] if options.only else list(PARTS), options)
+    about = circumstances()
+    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+    print(f"{about['processor']}; {versions}; {about['date']}; `{about['command']}`")
+    for name, part in result.items():
+        speed = {"training": "examples/s", "inference": "texts/s"}.get(name)
+        print(f"\n### {name}\n\n{table(part, speed)}")
+    before = json.loads(options.output.read_text()) if options.only and options.output.exists() else {}
+    new = {name: {"circumstances": about} | part for name, part in result.items()}
+    options.output.write_text(json.dumps(before | new, indent=2) + "\n")
 
 
 if __name__ == "__main__":

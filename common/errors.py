@@ -14,6 +14,18 @@ from lora.errors import UserError
 ENVIRONMENT = errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOSPC, errno.EROFS, errno.EIO, errno.EMFILE
 
 
+class HubUnreachable(UserError):
+    """The hub does not answer, and the cache on this machine lacks the file."""
+
+
+class NotOnHub(UserError):
+    """The hub has no such repository."""
+
+
+class FileNotOnHub(UserError):
+    """The repository has no such file."""
+
+
 class Stopped(Exception):
     """A signal ended the program. The command line prints the message and exits with 128 + the signal's number."""
 

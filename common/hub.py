@@ -17,7 +17,7 @@ from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_down
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import tqdm
 
-from common.errors import UserError
+from common.errors import FileNotOnHub, HubUnreachable, NotOnHub, UserError
 from common.files import sha256_of_file
 
 MIN_BYTES = 30_000  # that must arrive within twice the client's time-out, or the download is given up
@@ -37,18 +37,6 @@ class BoundedDownload(tqdm):
         if received > (self.total or UNPROMISED):
             raise OSError("the hub sent more than it promised")
         return None
-
-
-class HubUnreachable(UserError):
-    """The hub does not answer, and the cache on this machine lacks the file."""
-
-
-class NotOnHub(UserError):
-    """The hub has no such repository."""
-
-
-class FileNotOnHub(UserError):
-    """The repository has no such file."""
 
 
 @functools.cache

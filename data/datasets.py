@@ -10,8 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.errors import UserError
-from common.hub import FileNotOnHub, HubUnreachable, hub_file
+from common.errors import FileNotOnHub, HubUnreachable, UserError
 from data.tables import JSON, SUFFIXES, NoColumn, Wanted, choose_columns, folded, is_unicode, read_rows, row_error, shown
 
 AG_NEWS = "SetFit/ag_news"  # the hub's copy of AG News as train.jsonl and test.jsonl
@@ -184,6 +183,8 @@ def _parts_in_folder(folder: Path) -> dict[str, Path]:
 
 
 def _parts_on_hub(name: str, revision: str | None) -> tuple[dict[str, Path], str]:
+    from common.hub import hub_file  # here: the client takes 0.15 s to import, and a folder needs none
+
     errors: list[UserError] = []
     for folder in ("", "data/"):
         for suffix in ON_HUB:

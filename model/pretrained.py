@@ -23,9 +23,8 @@ from tokenizers.normalizers import BertNormalizer
 from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
-from common.errors import UserError
+from common.errors import FileNotOnHub, HubUnreachable, UserError
 from common.files import new_folder, read_bytes, read_header, read_json, read_safetensors, sha256_of_file
-from common.hub import FileNotOnHub, HubUnreachable, hub_file
 from model.distilbert import DistilBertConfig, DistilBertForSequenceClassification, init_weights
 
 # BERT's name -> ours: of fields of config.json, and of parts of weight keys, which are replaced in this order.
@@ -195,6 +194,8 @@ def _locate(name_or_path: str, revision: str | None) -> tuple[Path, Path, Path, 
     elif os.path.isfile(name_or_path):
         raise UserError(f"{name_or_path} is a file: name the folder that contains {', '.join(names)}")
     else:
+        from common.hub import hub_file  # here: the client takes 0.15 s to import, and a folder needs none
+
         config = hub_file(name_or_path, names[0], revision)
         commit = config.parent.name  # the cache names the folder after it: all three files come from one commit
         with contextlib.suppress(FileNotOnHub, HubUnreachable):  # read where it lies beside tokenizer.json

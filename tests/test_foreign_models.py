@@ -15,8 +15,7 @@ from tokenizers.normalizers import NFC, Lowercase, Sequence
 
 import predict
 import train
-from common.errors import UserError
-from common.hub import HubUnreachable, NotOnHub
+from common.errors import HubUnreachable, NotOnHub, UserError
 from model import load_pretrained, read_max_length, save_pretrained
 from training.inference import load_classifier, probabilities
 
@@ -324,7 +323,7 @@ def test_a_base_model_of_another_machine_is_named_with_the_file_that_names_it(ad
     def no_hub(repo_id: str, *arguments: Any) -> Path:
         raise (NotOnHub if reachable else HubUnreachable)("check the spelling")
 
-    monkeypatch.setattr("model.pretrained.hub_file", no_hub)
+    monkeypatch.setattr("common.hub.hub_file", no_hub)
     change_json(adapter / "adapter_config.json", base_model_name_or_path=name)
     message = refusal(adapter)
     assert message.startswith(f"{adapter / 'adapter_config.json'} names the base model {name!r}, which is not a folder here")

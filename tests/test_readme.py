@@ -12,11 +12,15 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 import predict
+from data import load_dataset
 from lora import LoRALinear
+from training.inference import load_classifier
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -217,11 +221,38 @@ def test_the_quoted_forward_is_that_of_the_layer():
 def test_the_other_code_runs_from_its_first_line_to_its_last(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = [block for text in TEXTS.values() for block in python_blocks(text)]
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks[1:]:
-        exec(block, {})
+        if "onnx" not in block:
+            exec(block, {})
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 2
     assert (tmp_path / "minilm-as-distilbert" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_the_exported_model_gives_the_labels_of_predict(whole_run, tmp_path, monkeypatch):
+    """In ONNX Runtime: float32 to six digits, int8 nearly, and for other numbers of texts and tokens than at the export."""
+    onnxruntime = pytest.importorskip("onnxruntime", reason="pip install -e '.[bench]'")
+    monkeypatch.chdir(tmp_path)
+    Path("my").mkdir()
+    Path("my/model").symlink_to(whole_run[0].with_name("merged"))
+    (block,) = (block for block in python_blocks(TEXTS["docs/running.md"]) if "onnx" in block)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    assert names["logits"].shape == (2, 4)
+
+    texts = load_dataset("sample").test.texts[:40]
+    labels = [answer["label"] for answer in load_classifier(whole_run[0]).label(texts)]
+    inputs = names["tokenizer"](texts, padding=True, return_tensors="pt", return_token_type_ids=False)
+    expected = names["model"](**inputs).logits.detach().numpy()
+    for file, most in {"model.onnx": 1e-5, "int8.onnx": 0.2}.items():
+        session = onnxruntime.InferenceSession(file)
+        (logits,) = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
+        assert np.abs(logits - expected).max() < most, file
+        assert (
+            np.mean([names["model"].config.id2label[i] == label for i, label in zip(logits.argmax(1), labels, strict=True)])
+            > 0.95
+        )
 
 
 @pytest.mark.parametrize("document", TEXTS)

@@ -15,9 +15,8 @@ import numpy as np
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from common.errors import UserError
+from common.errors import HubUnreachable, NotOnHub, UserError
 from common.files import read_json
-from common.hub import HubUnreachable, NotOnHub
 from data import evaluation_batches, slices, tokenize
 from lora import PeftModel
 from lora.adapter import PREFIX, read_adapter

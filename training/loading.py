@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from common.errors import UserError
-from common.hub import HubUnreachable
+from common.errors import HubUnreachable, UserError
 from data import Dataset, load_dataset, tokenize
 from lora import LoraConfig
 from model import DistilBertForSequenceClassification, load_pretrained, resolve_revision, weights_sha256
