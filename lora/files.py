@@ -49,7 +49,8 @@ def find_folder(model_id: str | Path, hub: dict[str, Any], files: tuple[str, ...
     try:
         from huggingface_hub import hf_hub_download
 
-        return [Path(hf_hub_download(str(model_id), file, **hub)).parent for file in files][0]
+        paths = [hf_hub_download(str(model_id), file, **hub) for file in files]
+        return Path(paths[0]).parent
     except Exception as error:  # of the network, the hub or its client; or there is no client
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"{model_id} is not a folder, and the hub does not give it: {reason}") from error

@@ -19,7 +19,7 @@ from lora.errors import UserError
 from lora.files import find_folder
 from lora.layer import LoRALinear
 from lora.modules_to_save import ModulesToSaveWrapper
-from lora.targets import short_names
+from lora.targets import find_head, short_names
 
 # peft's options: those of which one value is supported, those that change nothing here, and those of the hub
 ONLY = {"adapter_name": "default", "mixed": False, "autocast_adapter_dtype": True, "safe_serialization": True}
@@ -161,16 +161,14 @@ class PeftModel(nn.Module):
         loaded._fill(tensors, is_trainable)
         return loaded
 
-    def load_adapter(
-        self, model_id: str | Path, adapter_name: str = "default", is_trainable: bool = False, **options: Any
-    ) -> None:
+    def load_adapter(self, model_id: str | Path, adapter_name: str = "default", is_trainable: bool = False, **hub: Any) -> None:
         """Replace this adapter with another. The base model is neither copied nor loaded again, and tensors of equal shapes
         stay the same objects, so that an optimizer of theirs stays valid.
 
         (In peft the new adapter joins the present one, under a name of its own.) Raises UserError, with the present adapter
         unchanged, if the folder holds no adapter or one that does not fit the model.
         """
-        hub = _check(options, adapter_name=adapter_name)
+        hub = _check(hub, adapter_name=adapter_name)
         config, tensors, skeleton = _read_for(self.base_model, find_folder(model_id, hub, adapter.FILES), is_trainable)
         inject.unmerge(self.base_model)
         present = adapter.adapter_tensors(self.base_model)
@@ -241,18 +239,16 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return model.base_model if isinstance(model, PeftModel) else model
 
 
-def _read_for(
-    model: nn.Module, folder: Path, is_trainable: bool, config: LoraConfig | None = None
-) -> tuple[LoraConfig, dict[str, Tensor], nn.Module]:
+def _read_for(model: nn.Module, folder: Path, is_trainable: bool, config: LoraConfig | None = None) -> tuple[Any, Any, Any]:
     """Read an adapter, and put it into a copy of the model without data to check that it fits: a bad one changes nothing."""
     read, tensors = adapter.read_adapter(folder)
     model, config = _unwrapped(model), config or read
     data = [*model.parameters(), *model.buffers()]
     skeleton = copy.deepcopy(model, {id(tensor): _without_data(tensor) for tensor in data})
     inject.unload(skeleton, merged=False)
-    # a head may be in the file although the configuration does not say so
-    in_full = [name for name, _ in skeleton.named_modules() if f"{adapter.PREFIX}{name}.weight" in tensors]
-    config = replace(config, modules_to_save=[*(config.modules_to_save or []), *in_full], inference_mode=not is_trainable)
+    config = replace(config, inference_mode=not is_trainable)
+    if not find_head(skeleton, config, strict=False):  # as in peft the file may hold a head of which it does not speak
+        config.modules_to_save = [name for name, _ in skeleton.named_modules() if f"{adapter.PREFIX}{name}.weight" in tensors]
     inject.inject(skeleton, config, strict=False)
     tensors = adapter.match_tensors(adapter.adapter_tensors(skeleton), tensors, folder / adapter.WEIGHTS_FILE)
     return config, tensors, skeleton

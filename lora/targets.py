@@ -15,9 +15,8 @@ from lora.errors import UserError
 # for a model_type, if target_modules is None: as in peft, which has none for distilbert
 USUAL_TARGETS = {kind: ["query", "value"] for kind in ("bert", "roberta", "xlm-roberta", "electra")}
 USUAL_TARGETS |= {"deberta-v2": ["query_proj", "value_proj"], "distilbert": ["q_lin", "v_lin"]}
-MATCH = (
-    "import json, re, sys; p, n = json.load(sys.stdin); print(json.dumps([[s for s in n if re.fullmatch(q, s)] for q in p]))"
-)
+SECONDS = 10  # for patterns that are not simple
+MATCH = "import json,re,sys;p,n=json.load(sys.stdin);print(json.dumps([[s for s in n if re.fullmatch(e, s)] for e in p]))"
 
 
 def find_targets(model: nn.Module, config: LoraConfig, head: list[str], strict: bool = True) -> list[str]:
@@ -125,7 +124,8 @@ def _in_layers(names: list[str], numbers: list[int], patterns: list[str] | str |
     places = [(name, name[: match.start()], int(match[1])) for name in names for match in re.finditer(r"\.(\d+)(?=\.)", name)]
     patterns = [patterns] if isinstance(patterns, str) else patterns or [r"[^.]*\.[^.]*"]
     found = _match("layers_pattern", [rf"(.*\.)?({pattern})" for pattern in patterns], [before for _, before, _ in places])
-    first = {name: number for name, before, number in reversed(places) if before in set().union(*found)}
+    known = set().union(*found)
+    first = {name: number for name, before, number in reversed(places) if before in known}
     return [name for name in names if first.get(name) in numbers]
 
 
@@ -146,14 +146,16 @@ def _match(option: str, patterns: list[str], names: list[str]) -> list[list[str]
     """The names that each pattern matches as a whole. Raises UserError for a pattern that is invalid or takes too long.
 
     `re` may never end over a pattern such as `([a-z]+)+!`, and files come from strangers. So patterns that are not simple are
-    matched in a process of their own, within ten seconds.
+    matched in a process of their own, within `SECONDS`.
     """
     try:
         expressions = [re.compile(pattern := each) for each in patterns]
-        if all(len(re.findall(r"[*+?{|]", pattern)) < 6 and not re.search(r"\)[*+{]", pattern) for pattern in patterns):
+        simple = [each for each in patterns if len(re.findall(r"[*+?{|]", each)) < 6 and not re.search(r"\)[*+{]", each)]
+        if len(simple) == len(patterns) <= 100:
             return [[name for name in names if expression.fullmatch(name)] for expression in expressions]
         command, text = [sys.executable, "-ISc", MATCH], json.dumps([patterns, names])
-        return json.loads(subprocess.run(command, input=text, stdout=subprocess.PIPE, text=True, timeout=10, check=True).stdout)
+        done = subprocess.run(command, input=text.encode(), stdout=subprocess.PIPE, timeout=SECONDS, check=True)
+        return json.loads(done.stdout)
     except (re.error, OverflowError, RecursionError) as error:  # invalid, too long or too deep
         raise UserError(f"{option}: {pattern!r:.99} is not a valid regular expression: {error}") from error
     except (OSError, subprocess.SubprocessError) as error:
