@@ -11,6 +11,7 @@ if __name__ == "__main__":
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import stat
@@ -23,8 +24,10 @@ from typing import Any
 from common.errors import UserError, run_cli
 from data import Row, open_table, read_rows
 from training.evaluation import progress_bar
-from training.inference import in_parts, load_classifier
+from training.inference import CHUNK, in_parts, load_classifier
 from training.options import Parser
+
+SAMPLE = 256  # texts on which int8 is compared with float32
 
 
 def run(arguments: list[str] | None) -> None:
@@ -40,6 +43,10 @@ def run(arguments: list[str] | None) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON Lines for texts on the command line, too")
     parser.add_argument("--model", help="the base model [the one that the adapter names]")
     parser.add_argument("--max-length", type=int, help="maximum tokens per text; the rest is cut off [as in training]")
+    types = ("auto", "float32", "bfloat16", "int8")
+    parser.add_argument(
+        "--dtype", default="auto", choices=types, help="arithmetic: float32, bfloat16, int8, auto (the fastest)"
+    )
     parser.add_argument("--device", default="auto", help="auto (the best available), cpu, cuda, mps [auto]")
     options = parser.parse_intermixed_args(arguments)
     if options.texts and options.input is not None:
@@ -51,18 +58,24 @@ def run(arguments: list[str] | None) -> None:
             if os.path.samefile(options.input, options.output):
                 raise UserError(f"--output would overwrite --input {options.input}. Name another file")
 
+    is_whole = bool(options.texts) or is_file(options.input)  # nothing has to be waited for
     with contextlib.ExitStack() as stack:
         table = stack.enter_context(open_table(options.output)) if options.output else None
-        classifier = load_classifier(options.folder, options.model, options.device, options.max_length)
         rows = read_rows(options.input, options.text_column)
         if options.texts:
             rows = (Row(number, text, None, {"text": text}) for number, text in enumerate(options.texts, 1))
+        parts = in_parts(rows, as_they_come=not is_whole)
+        first = next(parts, []) if is_whole else []
+        sample = [row.text for row in first[:SAMPLE]] if len(first) == CHUNK else []  # with fewer texts, it does not pay
+        classifier = load_classifier(options.folder, options.model, options.device, options.max_length, options.dtype, sample)
+        if not options.texts:
+            print(f"arithmetic in {classifier.arithmetic}", file=sys.stderr)
         is_screen = sys.stdout.isatty() and sys.stderr.isatty() and not table  # where a bar would disturb the answers
         quiet = bool(options.texts) or is_screen
         bar = stack.enter_context(progress_bar(None, "predict", not sys.stderr.isatty(), quiet, at_once=False))
         labelled, reasons = 0, Counter[str]()  # for no label
         started = time.monotonic()
-        for part in in_parts(rows, as_they_come=not options.texts and not is_file(options.input)):
+        for part in itertools.chain([first], parts):
             answers = classifier.label([row.text for row in part], options.threshold)
             for row, answer in zip(part, answers, strict=True):
                 if table:

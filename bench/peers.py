@@ -80,7 +80,7 @@ class Training:
 
 def split(lengths: Any, batch: Any) -> list[Any]:
     from data import micro_batches
-    from training.evaluation import TOKENS  # imports fast_cpu.py, which makes oneDNN's caches smaller
+    from training.evaluation import TOKENS
 
     return micro_batches(lengths, batch, TOKENS)
 
@@ -89,7 +89,7 @@ class PlainLora(Training):
     """Like train.py: batches of similar length, at most 1,024 tokens at a time."""
 
     name = OURS
-    arithmetics: tuple[str, ...] = ("float32", "bfloat16")
+    arithmetics: tuple[str, ...] = ("float32", "bfloat16", "int8")
     shows_fastest = False
     micro_batching = True
 
@@ -101,7 +101,9 @@ class PlainLora(Training):
         from model import load_pretrained
         from training.device import cast_frozen_matrices
         from training.evaluation import ModelRunner
+        from training.fast_cpu import limit_caches
 
+        limit_caches()
         base, tokenizer = load_pretrained(str(folder), self.num_labels)
         self.texts = tokenize(tokenizer, self.train.texts, self.max_length)
         self.lengths = self.texts.lengths
@@ -149,6 +151,12 @@ class Tuned(Peft):
     name = "peft, tuned"
     attention = "eager"
     micro_batching = True
+
+    def build(self, folder: Path) -> Any:
+        from training.fast_cpu import limit_caches
+
+        limit_caches()
+        return super().build(folder)
 
 
 class Tutorial(Peft):
@@ -240,22 +248,13 @@ class PlainLoraLabels(Labelling):
     """Like predict.py."""
 
     name = OURS
-    arithmetics: tuple[str, ...] = ("float32", "bfloat16")
+    arithmetics: tuple[str, ...] = ("float32", "bfloat16", "int8")
     shows_fastest = False
 
     def load(self, folder: Path) -> None:
-        import torch
+        from training.inference import load_classifier
 
-        from model import load_pretrained
-        from training.device import cast_frozen_matrices
-        from training.evaluation import ModelRunner
-        from training.inference import Classifier, read_label_names
-
-        names = read_label_names(folder)
-        model, tokenizer = load_pretrained(str(folder), len(names))
-        dtype = getattr(torch, self.arithmetic)
-        cast_frozen_matrices(model.requires_grad_(False), dtype)
-        self.classifier = Classifier(ModelRunner(model, torch.device("cpu"), dtype), tokenizer, names, self.max_length)
+        self.classifier = load_classifier(folder, device="cpu", max_length=self.max_length, dtype=self.arithmetic)
 
     def label(self, texts: list[str]) -> Any:
         import numpy as np

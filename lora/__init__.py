@@ -4,18 +4,20 @@ The package needs torch and safetensors only: install it, or copy this folder.
 """
 
 from lora.config import NO_TARGETS, LoraConfig, PeftConfig, TaskType
-from lora.inject import count_parameters, print_trainable_parameters
+from lora.inject import count_parameters
 from lora.layer import LoRALinear
-from lora.peft_model import PeftModel, get_peft_model
+from lora.peft_model import (
+    PeftModel,
+    PeftModelForSequenceClassification,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    print_trainable_parameters,
+    set_peft_model_state_dict,
+)
 
 __all__ = [
-    "NO_TARGETS",
-    "LoRALinear",
-    "LoraConfig",
-    "PeftConfig",
-    "PeftModel",
-    "TaskType",
-    "count_parameters",
-    "get_peft_model",
-    "print_trainable_parameters",
-]
+    "NO_TARGETS", "LoRALinear", "LoraConfig", "PeftConfig", "PeftModel", "PeftModelForSequenceClassification", "TaskType",
+    "count_parameters", "get_peft_model", "get_peft_model_state_dict", "inject_adapter_in_model",
+    "print_trainable_parameters", "set_peft_model_state_dict",
+]  # fmt: skip

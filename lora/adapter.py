@@ -19,12 +19,18 @@ from lora.layer import LoRALinear
 from lora.modules_to_save import ModulesToSaveWrapper
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+FILES = (CONFIG_FILE, WEIGHTS_FILE)
 PREFIX = "base_model.model."
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Every trained tensor (adapters, head, biases) under its key in peft's files. They share the model's memory."""
+    return {key: tensor.detach() for key, tensor in trained_tensors(model).items()}
+
+
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of `adapter_tensors` themselves: the model's parameters, and the buffers of its head."""
     tensors = bias_tensors(model)
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
@@ -32,7 +38,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
         elif isinstance(module, ModulesToSaveWrapper):
             tensors |= {f"{name}.{key}": value for key, value in module.trained_module.state_dict(keep_vars=True).items()}
     # torch.compile wraps a model and adds "_orig_mod." to its names
-    return {PREFIX + key.replace("_orig_mod.", ""): value.detach() for key, value in tensors.items()}
+    return {PREFIX + key.replace("_orig_mod.", ""): value for key, value in tensors.items()}
 
 
 def save_adapter(model: nn.Module, config: LoraConfig, folder: str | Path) -> None:
@@ -48,7 +54,10 @@ def save_adapter(model: nn.Module, config: LoraConfig, folder: str | Path) -> No
     folder = make_folder(folder)
     if (folder / "config.json").exists():
         raise UserError(f"{folder} contains config.json, and beside it transformers ignores an adapter. Pass another folder")
-    write_file(folder / WEIGHTS_FILE, safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    try:
+        write_file(folder / WEIGHTS_FILE, safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    except ImportError as error:
+        raise UserError("safetensors needs numpy to write a file: pip install numpy") from error
     config.save_pretrained(folder)
 
 
@@ -67,12 +76,11 @@ def read_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     return config, tensors
 
 
-def match_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str | Path) -> dict[str, Tensor]:
-    """The tensors that were read from `source`, one for each tensor that `model` trains.
+def match_tensors(expected: dict[str, Tensor], tensors: dict[str, Tensor], source: str | Path) -> dict[str, Tensor]:
+    """The tensors that were read from `source`, one for each that the model trains: those are `expected`.
 
     Raises UserError, by name, if one is missing, is unknown to the model, or has another shape there.
     """
-    expected = adapter_tensors(model)
     tensors = without_repeated_biases(tensors)
     for key in sorted(expected.keys() | tensors.keys()):
         if key not in tensors:

@@ -4,9 +4,7 @@ A bias is trained in place, under its own name. Its original value is kept in a 
 the adapter is disabled the two change places, and `trained_bias` holds the trained value.
 """
 
-import contextlib
 import re
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -35,17 +33,16 @@ def train_biases(model: nn.Module, which: str, head: list[str]) -> None:
             bias.requires_grad_(True)
 
 
-@contextlib.contextmanager
-def original_biases(model: nn.Module) -> Iterator[None]:
-    """Within the block, every trained bias has its original value."""
-    modules = [module for module in _trained(model) if module.trained_bias is None]  # not swapped by an outer block
-    for module in modules:
-        module.trained_bias, module.bias.data = module.bias.data, module.original_bias
-    try:
-        yield
-    finally:
-        for module in modules:
+def use_biases(model: nn.Module, trained: bool) -> bool:
+    """Give every bias its trained value, or its original one. Returns which of the two were in use."""
+    modules = _trained(model)
+    were_trained = all(module.trained_bias is None for module in modules)
+    for module in modules if were_trained != trained else []:
+        if trained:
             module.bias.data, module.trained_bias = module.trained_bias, None
+        else:
+            module.trained_bias, module.bias.data = module.bias.data, module.original_bias
+    return were_trained
 
 
 def unload_biases(model: nn.Module, trained: bool) -> None:

@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import json
-import re
 import types
 import typing
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from lora.errors import UserError
-from lora.files import make_folder, read_json, write_file
+from lora.files import find_folder, make_folder, read_json, write_file
 
 CONFIG_FILE = "adapter_config.json"
 MAX_RANK = 1 << 20
+MAX_ENTRIES = 10_000  # in a list or a dictionary
 MAX_ALPHA = 1e30  # float32 ends at 3.4e38
 NO_TARGETS = "dummy-target-modules"  # peft's word for an adapter that only trains modules_to_save
-REGEX_ERRORS = (re.error, OverflowError, RecursionError)  # `re` raises them for a pattern that is invalid, too long or too deep
 
 CHOICES: dict[str, tuple] = {
     "bias": ("none", "all", "lora_only"),
-    "task_type": ("SEQ_CLS", None),
+    "task_type": ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION", None),
     "init_lora_weights": (True, False, "gaussian"),
-    "inference_mode": (False,),
     "fan_in_fan_out": (False,),
+    "peft_type": ("LORA",),
 }
+# the ends of the names of a task's head, which is trained in full
+HEADS = {"SEQ_CLS": ["classifier", "score"], "TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
 # keys in peft's files that have no effect on how the adapter computes
-IGNORED = {"peft_type", "peft_version", "auto_mapping", "eva_config", "megatron_core", "qalora_group_size"}
+IGNORED = {"peft_version", "eva_config", "megatron_core", "qalora_group_size"}
+NEWER = {"exclude_modules", "layers_pattern", "auto_mapping"}  # written only if they are set
 # initialisations that leave W0 as it is: once trained, an adapter no longer depends on them
 HARMLESS_INIT = (True, False, "gaussian", "orthogonal", "eva")
 
@@ -37,6 +39,11 @@ class TaskType(str, Enum):
     """The purpose of a model, as peft names it."""
 
     SEQ_CLS = "SEQ_CLS"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    CAUSAL_LM = "CAUSAL_LM"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
 @dataclass
@@ -46,23 +53,28 @@ class LoraConfig:
     r, lora_alpha: rank and scale, dW = (alpha / r) B A (arXiv:2106.09685, section 4.1).
     lora_dropout: probability of dropout on the input of A.
     target_modules: the linear layers to adapt: a list of names or ends of names (["q_lin", "v_lin"]); a regular expression
-        that matches full names; "all-linear" for every linear layer outside the head; or NO_TARGETS for none.
+        that matches full names; "all-linear" for every linear layer outside the head; NO_TARGETS for none; or None for those
+        that are usual for the model's `config.model_type`.
+    exclude_modules: targets to leave out, named in the same way.
     modules_to_save: modules to train in full beside the adapters, by the ends of their names. With task_type "SEQ_CLS" (the
         default here; peft's is None) the head is always one of them: names that end in "classifier" or "score".
     bias: the biases to train: "none", "all", or only those of the adapted layers ("lora_only").
     use_rslora: scale by alpha / sqrt(r) instead (arXiv:2312.03732).
     use_dora: train the length of each row of W apart from its direction (lora/variants.py).
     init_lora_weights: A uniform and B zero (True), A normal and B zero ("gaussian"), or neither of them zero (False).
-    layers_to_transform: adapt only the layers with these numbers (a layer's number is the first in its name).
+    layers_to_transform: adapt only the layers with these numbers (a layer's number is the first in its name, or the first
+        after a match of `layers_pattern`).
     rank_pattern, alpha_pattern: r or alpha for the layers whose name ends in the key, a regular expression.
     base_model_name_or_path, revision: the model that the adapter was trained on.
-    inference_mode, fan_in_fan_out: accepted for scripts written for peft; only False is supported.
+    inference_mode: freeze the adapter too, as in a saved file.
+    peft_type, fan_in_fan_out, auto_mapping: keys of peft's files. The first two have one value here; a model sets the last.
     """
 
     r: int = 8
     lora_alpha: float = 8
     lora_dropout: float = 0.0
     target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     bias: str = "none"
     task_type: str | None = "SEQ_CLS"
@@ -70,12 +82,15 @@ class LoraConfig:
     use_dora: bool = False
     init_lora_weights: bool | str = True
     layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     base_model_name_or_path: str | None = None
     revision: str | None = None
     inference_mode: bool = False
     fan_in_fan_out: bool = False
+    peft_type: str = "LORA"
+    auto_mapping: dict[str, str] | None = None
 
     def __post_init__(self) -> None:
         annotations = typing.get_type_hints(type(self))
@@ -85,9 +100,13 @@ class LoraConfig:
                 setattr(self, item.name, value := sorted(value))
             if not _has_type(value, annotations[item.name]):
                 raise UserError(f"{item.name} is {value!r}. Its type must be {item.type}")
+            if isinstance(value, list | dict) and len(value) > MAX_ENTRIES:
+                raise UserError(f"{item.name} has {len(value):,} entries. Supported: {MAX_ENTRIES:,}")
             choices = CHOICES.get(item.name)
             if choices and value not in choices:
                 raise UserError(f"{item.name} is {value!r}. Supported: {', '.join(map(str, choices))}")
+        if self.layers_pattern and self.layers_to_transform in (None, []):
+            raise UserError("layers_pattern needs layers_to_transform, the numbers of the layers")
         for name, rank in _with_pattern("r", self.r, "rank_pattern", self.rank_pattern):
             if not 1 <= rank < MAX_RANK:
                 raise UserError(f"{name} is {rank}. The rank must be at least 1 and below 2**20")
@@ -97,16 +116,18 @@ class LoraConfig:
         if not 0 <= self.lora_dropout < 1:
             raise UserError(f"lora_dropout is {self.lora_dropout}. It must be at least 0 and less than 1")
 
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> LoraConfig:
-        """Read an adapter folder's configuration. Raises UserError, by name, for an option that is not supported here."""
-        path = Path(folder) / CONFIG_FILE
+    def from_pretrained(cls, model_id: str | Path, **hub: Any) -> LoraConfig:
+        """Read the configuration of an adapter (`files.find_folder`). Raises UserError, by name, for an unsupported option."""
+        path = find_folder(model_id, hub, (CONFIG_FILE,)) / CONFIG_FILE
         values = read_json(path)
         if values.get("peft_type") != "LORA":
             raise UserError(f"{path}: peft_type is {values.get('peft_type')!r}. Supported: LORA")
         if values.get("init_lora_weights", True) in HARMLESS_INIT:
             values["init_lora_weights"] = True
-        values.pop("inference_mode", None)  # always true in peft's files
         known = {item.name for item in fields(cls)}
         for key, value in values.items():
             if key not in known and key not in IGNORED and value:  # None, False, {} and [] mean that an option is off
@@ -123,10 +144,10 @@ class LoraConfig:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write adapter_config.json, with sorted keys that every version of peft knows. Raises UserError if it cannot."""
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        values = {key: value for key, value in self.to_dict().items() if key not in NEWER or value}
         values = {key: sorted(value) if isinstance(value, list) else value for key, value in values.items()}
         # a trained adapter no longer depends on how A and B started
-        values |= {"peft_type": "LORA", "inference_mode": True, "init_lora_weights": True}
+        values |= {"inference_mode": True, "init_lora_weights": True}
         text = json.dumps(values, indent=2, sort_keys=True)
         write_file(make_folder(folder) / CONFIG_FILE, text.encode() + b"\n")
 
@@ -134,18 +155,8 @@ class LoraConfig:
 PeftConfig = LoraConfig  # peft's class for all of its methods; here there is one
 
 
-def pattern_in_name(pattern: str) -> str:
-    """The regular expression for names that end in a match of `pattern`, which starts the name or follows a dot."""
-    return rf"(.*\.)?({pattern})$"
-
-
 def _with_pattern(name: str, value: Any, pattern_name: str, patterns: dict[str, Any]) -> list[tuple[str, Any]]:
-    """The general value and those of the patterns, each with its name for a message. Raises UserError for a bad pattern."""
-    for pattern in patterns:
-        try:
-            re.compile(pattern_in_name(pattern))
-        except REGEX_ERRORS as error:
-            raise UserError(f"{pattern_name}: {pattern!r} is not a valid regular expression: {error}") from error
+    """The general value and those of the patterns, each with its name for a message."""
     return [(name, value), *((f"{pattern_name}[{pattern!r}]", patterns[pattern]) for pattern in patterns)]
 
 

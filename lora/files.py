@@ -77,6 +77,24 @@ def _safetensors_errors(path: Path) -> Iterator[None]:
         raise UserError(f"{path} is not a whole safetensors file ({error}). Fetch or write it again") from error
 
 
+def find_folder(model_id: str | Path, hub: dict[str, Any], files: tuple[str, ...]) -> Path:
+    """`model_id` if it can be a folder, or else where these files of the hub's repository "owner/name" are stored now.
+
+    hub: options of huggingface_hub.hf_hub_download, such as revision and token. Raises UserError if a file cannot be fetched.
+    """
+    owner, _, name = str(model_id).partition("/")
+    if not owner or not name or "/" in name or os.path.exists(owner):
+        return Path(model_id)
+    try:
+        from huggingface_hub import hf_hub_download
+
+        paths = [hf_hub_download(str(model_id), file, **hub) for file in files]
+        return Path(paths[0]).parent
+    except Exception as error:  # of the network, the hub or its client; or there is no client
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"{model_id} is not a folder, and the hub does not give it: {reason}") from error
+
+
 def make_folder(folder: Path | str) -> Path:
     """Create a folder, and its parents, if it does not exist. Raises UserError if that fails."""
     try:

@@ -2,7 +2,11 @@
 
 import contextlib
 import copy
-import dataclasses
+import functools
+import inspect
+import tempfile
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,33 +15,59 @@ from torch import Tensor, nn
 
 from lora import adapter, inject
 from lora.config import LoraConfig
+from lora.errors import UserError
+from lora.files import find_folder
 from lora.layer import LoRALinear
 from lora.modules_to_save import ModulesToSaveWrapper
-from lora.targets import short_names
+from lora.targets import find_head, short_names
+
+# peft's options: those of which one value is supported, those that change nothing here, and those of the hub
+ONLY = {"adapter_name": "default", "mixed": False, "autocast_adapter_dtype": True, "safe_serialization": True}
+NO_EFFECT = {"torch_device", "low_cpu_mem_usage", "save_function", "state_dict"}
+HUB = {"revision", "token", "cache_dir", "local_files_only"}
+# what transformers' models offer for adapters of their own
+FOREIGN = {"add_adapter", "set_adapter", "delete_adapter", "enable_adapters", "disable_adapters", "get_adapter_state_dict"}
+
+
+class _Forward(functools.partial):
+    """`forward` with the base model's signature, from which transformers.Trainer learns the columns of a batch."""
+
+    def __get__(self, model: Any, owner: Any = None) -> "_Forward":
+        return self if model is None else _Forward(self.func, model)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.args[0].base_model.forward if self.args else lambda *args, labels=None, **kwargs: None)
 
 
 class PeftModel(nn.Module):
     """A model with LoRA in it. Attributes that are not defined here are those of the wrapped model, `base_model`."""
 
     base_model: nn.Module
+    active_adapter = "default"
 
-    def __init__(self, model: nn.Module, config: LoraConfig):
+    def __init__(self, model: nn.Module, peft_config: LoraConfig, adapter_name: str = "default", **options: Any):
         super().__init__()
-        self._attach(model, config)
+        strict = options.pop("strict", True)  # a name in a file may match nothing, as in peft
+        _check(options, adapter_name=adapter_name)
+        self.base_model = _unwrapped(model)  # the wrapper may have been left after unload()
+        inject.inject(self.base_model, peft_config, strict)
+        self._describe(peft_config)
 
-    def _attach(self, model: nn.Module, config: LoraConfig) -> None:
-        model = model.base_model if isinstance(model, PeftModel) else model  # a wrapper that was left after unload()
-        inject.inject(model, config)
-        self.base_model = model
-        targets = _names_of(model, LoRALinear) if config.target_modules == "all-linear" else config.target_modules
-        self.peft_config = dataclasses.replace(
-            config,
-            target_modules=targets,
-            modules_to_save=_names_of(model, ModulesToSaveWrapper),
-            base_model_name_or_path=config.base_model_name_or_path or getattr(model, "name_or_path", None) or None,
-        )
+    def _describe(self, config: LoraConfig) -> None:
+        model, targets = self.base_model, config.target_modules
+        where = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+        targets = short_names(model, LoRALinear) if targets in (None, "all-linear") else targets
+        name = config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
+        config = replace(config, target_modules=targets, base_model_name_or_path=name)
+        config.modules_to_save = short_names(model, ModulesToSaveWrapper)
+        config.auto_mapping = None if config.task_type else where
+        self.peft_config = {"default": config}
+        if config.inference_mode:
+            self.requires_grad_(False)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    @_Forward
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         return self.base_model(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -46,7 +76,17 @@ class PeftModel(nn.Module):
         except AttributeError:
             if name == "base_model":  # not set yet
                 raise
+            if name in FOREIGN:
+                raise AttributeError(f"{name} would not know of this adapter. See load_adapter, disable_adapter") from None
             return getattr(self.base_model, name)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return [self.active_adapter]
+
+    @property
+    def active_peft_config(self) -> LoraConfig:
+        return self.peft_config["default"]
 
     def get_base_model(self) -> nn.Module:
         return self.base_model
@@ -56,13 +96,20 @@ class PeftModel(nn.Module):
         return inject.count_parameters(self)
 
     def print_trainable_parameters(self) -> None:
-        inject.print_trainable_parameters(self)
+        print_trainable_parameters(self)
 
     def disable_adapter(self) -> contextlib.AbstractContextManager[None]:
         """`with model.disable_adapter():` within the block this is exactly the base model, its original head included."""
         return inject.disable_adapter(self)
 
-    def merge_adapter(self) -> None:
+    def disable_adapter_layers(self) -> None:
+        """Be exactly the base model until `enable_adapter_layers`. A merged adapter is unmerged for good."""
+        inject.enable(self, False)
+
+    def enable_adapter_layers(self) -> None:
+        inject.enable(self, True)
+
+    def merge_adapter(self, adapter_names: None = None, safe_merge: bool = True) -> None:
         """Add every dW to its W0. A merged adapter is not trained. Raises UserError if a sum is not finite."""
         inject.merge(self)
 
@@ -70,7 +117,7 @@ class PeftModel(nn.Module):
         """Restore every W0, bit for bit."""
         inject.unmerge(self)
 
-    def merge_and_unload(self) -> nn.Module:
+    def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = True) -> nn.Module:
         """The original model object, with every dW added to its weight and the trained head in place. Its parameters stay
         frozen. Raises UserError if a sum is not finite."""
         inject.unload(self.base_model, merged=True)
@@ -81,65 +128,130 @@ class PeftModel(nn.Module):
         inject.unload(self.base_model, merged=False)
         return self.base_model
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the adapter into `folder` as peft does: configuration and weights, head included.
+    def save_pretrained(self, save_directory: str | Path, safe_serialization: bool = True, **options: Any) -> None:
+        """Write the adapter into a folder as peft does: configuration and weights, head included; unless `is_main_process` is
+        False. Raises UserError if a weight is not finite, if the folder holds a whole model, or if it cannot be written."""
+        is_main_process = options.pop("is_main_process", True)
+        _check(options, safe_serialization=safe_serialization)
+        if is_main_process:
+            adapter.save_adapter(self.base_model, self.active_peft_config, save_directory)
 
-        Raises UserError if a weight is not finite, if `folder` holds a whole model, or if it cannot be written.
-        """
-        adapter.save_adapter(self.base_model, self.peft_config, folder)
+    def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None, **options: Any) -> Any:
+        """Upload what `save_pretrained` writes. options: those of huggingface_hub.upload_folder, commit_message for example."""
+        import huggingface_hub
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            huggingface_hub.create_repo(repo_id, private=private, token=token, exist_ok=True)
+            return huggingface_hub.upload_folder(repo_id=repo_id, folder_path=folder, token=token, **options)
 
     @classmethod
-    def from_pretrained(cls, model: nn.Module, folder: str | Path, *, is_trainable: bool = False) -> "PeftModel":
+    def from_pretrained(
+        cls, model: nn.Module, model_id: str | Path, adapter_name: str = "default", is_trainable: bool = False,
+        config: LoraConfig | None = None, torch_device: str | None = None, **options: Any,
+    ) -> "PeftModel":  # fmt: skip
         """Load an adapter, written here or by peft, into `model`, in place. It is frozen and in evaluation mode unless
-        `is_trainable`.
+        `is_trainable`. model_id: a folder, or a name on the hub. config: in place of the folder's.
 
         Raises UserError, with `model` unchanged, if the folder holds no adapter or one that does not fit the model.
         """
-        config, tensors = _read_for(model, folder)
-        loaded = cls(model, config)
+        hub = _check(options, adapter_name=adapter_name)
+        config, tensors, _ = _read_for(model, find_folder(model_id, hub, adapter.FILES), is_trainable, config)
+        loaded = cls(model, config, strict=False)
         loaded._fill(tensors, is_trainable)
         return loaded
 
-    def load_adapter(self, folder: str | Path, *, is_trainable: bool = False) -> None:
-        """Replace this adapter with another. The base model is neither copied nor loaded again.
+    def load_adapter(self, model_id: str | Path, adapter_name: str = "default", is_trainable: bool = False, **hub: Any) -> None:
+        """Replace this adapter with another. The base model is neither copied nor loaded again, and tensors of equal shapes
+        stay the same objects, so that an optimizer of theirs stays valid.
 
         (In peft the new adapter joins the present one, under a name of its own.) Raises UserError, with the present adapter
         unchanged, if the folder holds no adapter or one that does not fit the model.
         """
-        config, tensors = _read_for(self.base_model, folder)
-        self._attach(self.unload(), config)
+        hub = _check(hub, adapter_name=adapter_name)
+        config, tensors, skeleton = _read_for(self.base_model, find_folder(model_id, hub, adapter.FILES), is_trainable)
+        inject.unmerge(self.base_model)
+        present = adapter.adapter_tensors(self.base_model)
+        if {key: tensor.shape for key, tensor in present.items()} != {key: tensor.shape for key, tensor in tensors.items()}:
+            if is_trainable:
+                warnings.warn("this adapter has other tensors than the last: make the optimizer anew", stacklevel=2)
+            inject.inject(self.unload(), config, strict=False)
+        for mine, new in zip(inject.adapted_modules(self.base_model), inject.adapted_modules(skeleton), strict=True):
+            if isinstance(mine, LoRALinear) and isinstance(new, LoRALinear):
+                mine.scaling, mine.lora_dropout.p = new.scaling, new.lora_dropout.p
+        self._describe(config)
         self._fill(tensors, is_trainable)
 
-    @torch.no_grad()
     def _fill(self, tensors: dict[str, Tensor], is_trainable: bool) -> None:
-        for key, tensor in adapter.adapter_tensors(self.base_model).items():
-            tensor.copy_(tensors[key])
+        for key, tensor in adapter.trained_tensors(self.base_model).items():
+            tensor.data.copy_(tensors[key])
+            if isinstance(tensor, nn.Parameter):
+                tensor.requires_grad_(is_trainable)
         if not is_trainable:
-            self.requires_grad_(False).eval()
+            self.eval()
 
 
-def get_peft_model(model: nn.Module, config: LoraConfig) -> PeftModel:
+PeftModelForSequenceClassification = PeftModel  # peft has a class for each task
+
+
+def get_peft_model(model: nn.Module, peft_config: LoraConfig, adapter_name: str = "default", **options: Any) -> PeftModel:
     """Put LoRA into `model` and wrap it. This happens in place; only the head is copied.
 
-    Raises UserError, with `model` unchanged, if it contains LoRA already, or if `config` names a layer that is missing, not
-    linear, or part of the head.
+    Raises UserError, with `model` unchanged, if it contains LoRA already, or if a name in `peft_config` does not fit it.
     """
-    return PeftModel(model, config)
+    return PeftModel(model, peft_config, adapter_name, **options)
 
 
-def _names_of(model: nn.Module, kind: type[nn.Module]) -> list[str]:
-    return short_names(model, [name for name, module in model.named_modules() if isinstance(module, kind)])
+def inject_adapter_in_model(peft_config: LoraConfig, model: nn.Module, adapter_name: str = "default") -> nn.Module:
+    """Put LoRA into `model`, in place and without a wrapper."""
+    return get_peft_model(model, peft_config, adapter_name).base_model
 
 
-def _read_for(model: nn.Module, folder: str | Path) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """Read an adapter and check that it fits, on a copy of the model without data: a bad adapter changes nothing."""
-    config, tensors = adapter.read_adapter(folder)
-    model = model.base_model if isinstance(model, PeftModel) else model
+def get_peft_model_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
+    """The trained tensors under the keys of peft's files. They share the model's memory."""
+    _check({}, adapter_name=adapter_name)
+    prefix = "" if isinstance(model, PeftModel) else adapter.PREFIX
+    return {key.removeprefix(prefix): tensor for key, tensor in adapter.adapter_tensors(_unwrapped(model)).items()}
+
+
+def set_peft_model_state_dict(model: nn.Module, peft_model_state_dict: dict, adapter_name: str = "default") -> None:
+    """Copy tensors into the model, by the keys of `get_peft_model_state_dict`. Raises UserError if they do not fit."""
+    present = get_peft_model_state_dict(model, adapter_name)
+    for key, tensor in adapter.match_tensors(present, peft_model_state_dict, "the state dict").items():
+        present[key].copy_(tensor)
+
+
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Print both counts and the percentage that is trainable, in peft's words."""
+    trainable, total = inject.count_parameters(model)
+    print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+
+
+def _check(options: dict[str, Any], **named: Any) -> dict[str, Any]:
+    """The options of the hub. Raises UserError for one that is unknown, or has a value that is not supported."""
+    for name, value in {**named, **options}.items():
+        if name not in ONLY.keys() | NO_EFFECT | HUB or value != ONLY.get(name, value):
+            raise UserError(f"{name}={value!r} is not supported. docs/peft.md lists the differences from peft")
+    return {name: value for name, value in options.items() if name in HUB}
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    return model.base_model if isinstance(model, PeftModel) else model
+
+
+def _read_for(model: nn.Module, folder: Path, is_trainable: bool, config: LoraConfig | None = None) -> tuple[Any, Any, Any]:
+    """Read an adapter, and put it into a copy of the model without data to check that it fits: a bad one changes nothing."""
+    read, tensors = adapter.read_adapter(folder)
+    model, config = _unwrapped(model), config or read
     data = [*model.parameters(), *model.buffers()]
     skeleton = copy.deepcopy(model, {id(tensor): _without_data(tensor) for tensor in data})
     inject.unload(skeleton, merged=False)
-    inject.inject(skeleton, config)
-    return config, adapter.match_tensors(skeleton, tensors, Path(folder) / adapter.WEIGHTS_FILE)
+    config = replace(config, inference_mode=not is_trainable)
+    if not find_head(skeleton, config, strict=False):  # as in peft the file may hold a head of which it does not speak
+        config.modules_to_save = [name for name, _ in skeleton.named_modules() if f"{adapter.PREFIX}{name}.weight" in tensors]
+    inject.inject(skeleton, config, strict=False)
+    tensors = adapter.match_tensors(adapter.adapter_tensors(skeleton), tensors, folder / adapter.WEIGHTS_FILE)
+    return config, tensors, skeleton
 
 
 def _without_data(tensor: Tensor) -> Tensor:

@@ -1,91 +1,114 @@
 """Which modules a configuration names. Names are matched exactly as peft matches them."""
 
+import json
 import re
+import subprocess
+import sys
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
-from lora.config import NO_TARGETS, REGEX_ERRORS, LoraConfig, pattern_in_name
+from lora.config import HEADS, NO_TARGETS, LoraConfig
 from lora.errors import UserError
 
+# for a model_type, if target_modules is None: as in peft, which has none for distilbert
+USUAL_TARGETS = {kind: ["query", "value"] for kind in ("bert", "roberta", "xlm-roberta", "electra")}
+USUAL_TARGETS |= {"deberta-v2": ["query_proj", "value_proj"], "distilbert": ["q_lin", "v_lin"]}
+SECONDS = 10  # for patterns that are not simple
+MATCH = "import json,re,sys;p,n=json.load(sys.stdin);print(json.dumps([[s for s in n if re.fullmatch(e, s)] for e in p]))"
 
-def find_targets(model: nn.Module, config: LoraConfig, head: list[str]) -> list[str]:
-    """The full names of the linear layers to adapt, in the model's order.
 
-    Raises UserError if `target_modules`, or an entry of it, matches nothing, a module that is not linear, or part of the head.
+def find_targets(model: nn.Module, config: LoraConfig, head: list[str], strict: bool = True) -> list[str]:
+    """The full names of the linear layers to adapt, in the model's order. The head is left out.
+
+    Raises UserError if `target_modules`, or (if `strict`) an entry of it, matches nothing, or a module that cannot be adapted.
     """
     modules = {name: module for name, module in model.named_modules() if name}
     linear = [name for name, module in modules.items() if type(module) is nn.Linear]  # a subclass may compute something else
-    wanted = config.target_modules
+    kind = getattr(getattr(model, "config", None), "model_type", "")
+    wanted = USUAL_TARGETS.get(kind) if config.target_modules is None else config.target_modules
     if wanted == NO_TARGETS:
         return []
     if not wanted:
         raise UserError(f"target_modules is empty. Choose from: {_last_parts(linear)}")
     if wanted == "all-linear":
-        names = [name for name in linear if not is_within(name, head)]
-    elif isinstance(wanted, str):
-        try:
-            names = [name for name in modules if re.fullmatch(wanted, name)]
-        except REGEX_ERRORS as error:
-            raise UserError(f"target_modules: {wanted!r} is not a valid regular expression: {error}") from error
+        output = getattr(model, "get_output_embeddings", lambda: None)()
+        names = [name for name in linear if modules[name] is not output]
     else:
-        for end in wanted:
-            if not any(_ends_in(name, end) for name in modules):
+        known = {end for name in modules for end in _ends(name)}
+        for end in wanted if strict and isinstance(wanted, list) else []:
+            if end not in known:
                 raise UserError(f"target_modules: no layer is named {end!r}. Choose from: {_last_parts(linear)}")
-        names = [name for name in modules if any(_ends_in(name, end) for end in wanted)]
-    if config.layers_to_transform not in (None, []):
-        chosen = config.layers_to_transform
-        numbers = [chosen] if isinstance(chosen, int) else chosen
+        names = _named(modules, wanted, "target_modules")
+    chosen = config.layers_to_transform
+    if chosen not in (None, []):
+        in_layers = _in_layers(names, [chosen] if isinstance(chosen, int) else chosen, config.layers_pattern)
         full_names = [] if isinstance(wanted, str) else wanted  # an entry that is a full name always counts
-        names = [name for name in names if name in full_names or _layer_number(name) in numbers]
+        names = [name for name in names if name in full_names or name in in_layers]
         if not names:
             raise UserError(f"layers_to_transform is {chosen!r}, but no layer of that number has a target module")
     if not names:
         raise UserError(f"target_modules: {wanted!r} matches no layer. Choose from: {_last_parts(linear)}")
+    excluded = _named(modules, config.exclude_modules or [], "exclude_modules")
+    names = [name for name in names if name not in excluded and not is_within(name, head)]
+    if not names:
+        raise UserError("every target module is excluded, or part of modules_to_save (the trained head). Choose others")
     for name in names:
-        module = modules[name]
-        if name not in linear:
+        module, parent = modules[name], modules.get(name.rpartition(".")[0], model)
+        if type(module) is not nn.Linear:
             kind = type(module).__name__
             raise UserError(f"target_modules: {name} is of type {kind}. Only plain linear layers can be adapted")
         if module._forward_hooks or module._forward_pre_hooks:
             raise UserError(f"target_modules: {name} has hooks, which would be lost. Add LoRA before the hooks")
-        if is_within(name, head):
-            raise UserError(f"{name} is in both target_modules and modules_to_save (the trained head). Remove it from one")
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            reason = "in evaluation nn.TransformerEncoderLayer takes the weight and not the layer, and would ignore LoRA"
+            raise UserError(f"target_modules: {name} cannot be adapted: {reason}. Name it in exclude_modules")
     return names
 
 
-def find_head(model: nn.Module, config: LoraConfig) -> list[str]:
-    """The full names of the modules that are trained in full: the classification head, and `config.modules_to_save`.
+def find_head(model: nn.Module, config: LoraConfig, strict: bool = True) -> list[str]:
+    """The full names of the modules that are trained in full: the head, and `config.modules_to_save`.
 
-    Raises UserError if an entry of `modules_to_save` matches nothing.
+    Raises UserError if an entry of `modules_to_save` matches a mere list of modules, or (if `strict`) nothing.
     """
-    head = ["classifier", "score"] if config.task_type == "SEQ_CLS" else []
+    head = HEADS.get(config.task_type or "", [])
     ends = config.modules_to_save or []
     names = [name for name, _ in model.named_modules() if name]
     for end in ends:
-        if not any(name.endswith(end) for name in names) and end not in head:
+        if strict and end not in head and not any(name.endswith(end) for name in names):
             raise UserError(f"modules_to_save: no module is named {end!r}. Choose from: {_last_parts(names)}")
     full_names: list[str] = []
     for name in names:
         # as in peft the match may start inside a part of the name: "classifier" also finds "pre_classifier"
         if name.endswith((*ends, *head)) and not is_within(name, full_names):
+            kind = type(model.get_submodule(name))
+            if kind.forward is nn.Module.forward:
+                raise UserError(f"modules_to_save: {name} is a {kind.__name__}, which computes nothing. Name its modules")
             full_names.append(name)
     return full_names
 
 
-def short_names(model: nn.Module, names: list[str]) -> list[str]:
-    """The last parts of `names` if they match the same modules, otherwise the full names. Every version of peft reads both."""
+def short_names(model: nn.Module, kind: type[nn.Module]) -> list[str]:
+    """The last parts of the names of modules of this kind if those match no others, or else the full names."""
+    names = [name for name, module in model.named_modules() if isinstance(module, kind)]
     ends = sorted({name.rpartition(".")[2] for name in names})
-    matched = [name for name, _ in model.named_modules() if any(_ends_in(name, end) for end in ends)]
+    matched = _named((name for name, _ in model.named_modules()), ends, "")
     return ends if sorted(matched) == sorted(names) else sorted(names)
 
 
-def pattern_value(patterns: dict[str, Any], name: str, default: Any) -> Any:
-    """The value of the first pattern that matches the end of `name`, or `default`."""
-    for pattern, value in patterns.items():
-        if re.match(pattern_in_name(pattern), name):
-            return value
-    return default
+def pattern_values(option: str, patterns: dict, names: list[str], default: Any, strict: bool = True) -> dict[str, Any]:
+    """For each name the value of the first pattern that matches its end, or `default`.
+
+    Raises UserError if a pattern matches none (if `strict`), is invalid, or takes too long.
+    """
+    values: dict[str, Any] = {}
+    matched = _match(option, [rf"(.*\.)?({pattern})" for pattern in patterns], names)
+    for pattern, found in zip(patterns, matched, strict=True):
+        if strict and not found:
+            raise UserError(f"{option}: no target module is named {pattern!r}. Choose from: {_last_parts(names)}")
+        values = dict.fromkeys(found, patterns[pattern]) | values  # the first match wins
+    return dict.fromkeys(names, default) | values
 
 
 def is_within(name: str, modules: list[str]) -> bool:
@@ -93,13 +116,50 @@ def is_within(name: str, modules: list[str]) -> bool:
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
-def _layer_number(name: str) -> int | None:
-    """The first number in a name. Like peft, ignore the first two parts and the last."""
-    return next((int(part) for part in name.split(".")[2:-1] if part.isdecimal()), None)
+def _in_layers(names: list[str], numbers: list[int], patterns: list[str] | str | None) -> list[str]:
+    """The names whose layer has one of these numbers: the first one after a match of `patterns`, or else the first of all.
+
+    Like peft, ignore the last part of a name, and without patterns the first two.
+    """
+    places = [(name, name[: match.start()], int(match[1])) for name in names for match in re.finditer(r"\.(\d+)(?=\.)", name)]
+    patterns = [patterns] if isinstance(patterns, str) else patterns or [r"[^.]*\.[^.]*"]
+    found = _match("layers_pattern", [rf"(.*\.)?({pattern})" for pattern in patterns], [before for _, before, _ in places])
+    known = set().union(*found)
+    first = {name: number for name, before, number in reversed(places) if before in known}
+    return [name for name in names if first.get(name) in numbers]
 
 
-def _ends_in(name: str, end: str) -> bool:
-    return name == end or name.endswith(f".{end}")
+def _named(names: Iterable[str], wanted: list[str] | str, option: str) -> list[str]:
+    """The names that `wanted` matches, a regular expression, or that end in an entry of it, a list."""
+    if isinstance(wanted, str):
+        return _match(option, [wanted], list(names))[0]
+    ends = set(wanted)
+    return [name for name in names if not ends.isdisjoint(_ends(name))]
+
+
+def _ends(name: str) -> list[str]:
+    """A name, and what follows each of its dots."""
+    return [name, *(name[dot.end() :] for dot in re.finditer(r"\.", name))]
+
+
+def _match(option: str, patterns: list[str], names: list[str]) -> list[list[str]]:
+    """The names that each pattern matches as a whole. Raises UserError for a pattern that is invalid or takes too long.
+
+    `re` may never end over a pattern such as `([a-z]+)+!`, and files come from strangers. So patterns that are not simple are
+    matched in a process of their own, within `SECONDS`.
+    """
+    try:
+        expressions = [re.compile(pattern := each) for each in patterns]
+        simple = [each for each in patterns if len(re.findall(r"[*+?{|]", each)) < 6 and not re.search(r"\)[*+{]", each)]
+        if len(simple) == len(patterns) <= 100:
+            return [[name for name in names if expression.fullmatch(name)] for expression in expressions]
+        command, text = [sys.executable, "-ISc", MATCH], json.dumps([patterns, names])
+        done = subprocess.run(command, input=text.encode(), stdout=subprocess.PIPE, timeout=SECONDS, check=True)
+        return json.loads(done.stdout)
+    except (re.error, OverflowError, RecursionError) as error:  # invalid, too long or too deep
+        raise UserError(f"{option}: {pattern!r:.99} is not a valid regular expression: {error}") from error
+    except (OSError, subprocess.SubprocessError) as error:
+        raise UserError(f"{option}: {patterns!r:.99} takes too long to match. Write a simpler expression") from error
 
 
 def _last_parts(names: list[str]) -> str:

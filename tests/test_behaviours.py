@@ -14,7 +14,7 @@ from torch import nn
 from lora import LoraConfig, LoRALinear, PeftModel, TaskType, get_peft_model
 from lora.adapter import adapter_tensors
 from lora.errors import UserError
-from lora.targets import find_targets, pattern_value
+from lora.targets import find_targets, pattern_values
 from lora.variants import DoRALinear
 from training.optimizer import parameter_groups
 
@@ -103,8 +103,8 @@ def test_patterns_match_names_as_in_peft(patterns, name, expected):
     from peft.utils.other import get_pattern_key
 
     key = get_pattern_key(patterns.keys(), name)
-    assert pattern_value(patterns, name, 0) == patterns.get(key, 0)
-    assert pattern_value(patterns, name, 0) == expected
+    found = pattern_values("rank_pattern", patterns, [name, *patterns], 0)[name]  # each pattern has a name to match
+    assert found == patterns.get(key, 0) == expected
 
 
 def test_scaled_by_zero_it_is_the_base_model():

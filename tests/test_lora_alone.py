@@ -11,6 +11,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+from helpers import adapted
+
+from lora.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 NAMES = ["errors", "files", "model", "data", "config", "common"]
@@ -104,14 +107,22 @@ def test_a_copy_of_the_folder_works(tmp_path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "lora").glob("*.py")), ids=lambda path: path.name)
 def test_lora_imports_only_torch_and_safetensors(path):
-    """Apart from itself and the standard library."""
+    """Apart from itself and the standard library; and from huggingface_hub, in the functions that go to the hub."""
     allowed = {"lora", "torch", "safetensors", *sys.stdlib_module_names}
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            assert {name.name.partition(".")[0] for name in node.names} <= allowed
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0
-            assert node.module.partition(".")[0] in allowed
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [name.name for name in node.names]
+            within = set() if node in tree.body else {"huggingface_hub"}
+            assert {name.partition(".")[0] for name in names} <= allowed | within
+            assert not getattr(node, "level", 0)
+
+
+def test_without_numpy_saving_says_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "numpy", None)
+    with pytest.raises(UserError, match="safetensors needs numpy to write a file: pip install numpy"):
+        adapted().save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.safetensors*"))
 
 
 # modules that stood in the project's root once, or that other packages install

@@ -6,12 +6,13 @@ import os
 import queue
 import sys
 import threading
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -30,10 +31,11 @@ from model import (
     read_tokenizer,
     weights_sha256,
 )
-from training.device import cast_frozen_matrices, choose_device, choose_dtype
+from training.device import DTYPES, FLOATS, cast_frozen_matrices, choose_device, choose_dtype, dtype_name
 from training.evaluation import ModelRunner, compute_logits
 
 CHUNK, CHARACTERS = 1024, 1 << 24  # texts, and characters, in memory at a time
+AGREEMENT = 0.99  # of the labels, between int8 and float32, or int8 is not chosen
 PATIENCE = 0.05  # seconds to wait for the next text, before those that have come are labelled
 # where a tensor's name in transformers begins -> the kind of model
 KINDS = {"bert": "a BERT", "roberta": "a RoBERTa", "electra": "an ELECTRA", "albert": "an ALBERT", "deberta": "a DeBERTa"}
@@ -46,6 +48,7 @@ class Classifier:
     label_names: list[str]
     max_length: int
     multi_label: bool = False  # scores by the sigmoid, each class for itself, instead of the softmax
+    arithmetic: str = "float32"  # and why it was chosen
 
     def label(self, texts: Iterable[str], threshold: float = 0.0) -> Iterator[dict[str, Any]]:
         """{"text", "label", "score", "scores"} for each text, in order. Takes CHUNK texts at a time, fewer if they are long.
@@ -111,12 +114,20 @@ def probabilities(logits: np.ndarray, multi_label: bool) -> np.ndarray:
     return scores / scores.sum(axis=1, keepdims=True)
 
 
-def load_classifier(folder: Path, model: str | None = None, device: str = "auto", max_length: int | None = None) -> Classifier:
+def load_classifier(
+    folder: Path,
+    model: str | None = None,
+    device: str = "auto",
+    max_length: int | None = None,
+    dtype: str = "auto",
+    sample: Sequence[str] = (),
+) -> Classifier:
     """Load a run folder, an adapter folder (ours or peft's) or a whole model, as `--method full` writes it.
 
     The adapter is merged into the base model that it names, or into `model`. Texts are cut to `max_length` tokens [what the
-    folder's tokenizer files say, otherwise as many as the model reads]. Raises UserError if the folder holds neither adapter
-    nor model, an adapter of another base model, or a model that does not classify.
+    folder's tokenizer files say, otherwise as many as the model reads]. With a `sample` of texts, dtype "auto" can be int8: if
+    it is the fastest here and the sample gets the labels of float32, but for 1 %. Raises UserError if the folder holds neither
+    adapter nor model, an adapter of another base model, or a model that does not classify.
     """
     folder = next((folder / name for name in ("adapter", "model") if (folder / name).is_dir()), folder)
     if (path := folder / "config.json").is_file() and not (folder / CONFIG_FILE).is_file():
@@ -143,7 +154,28 @@ def load_classifier(folder: Path, model: str | None = None, device: str = "auto"
     longest = classifier.config.max_position_embeddings
     if max_length is None:
         max_length = min(read_max_length(folder) or longest, longest)
-    return Classifier(make_runner(classifier, device, max_length), tokenizer, names, max_length, multi_label)
+    if not 3 <= max_length <= longest:
+        raise UserError(f"--max-length is {max_length}. For this model it must be between 3 and {longest}")
+    runner = ModelRunner(classifier.requires_grad_(False), choose_device(device), torch.float32)
+    return in_dtype(Classifier(runner, tokenizer, names, max_length, multi_label), dtype, sample)
+
+
+def in_dtype(exact: Classifier, name: str, sample: Sequence[str]) -> Classifier:
+    """A classifier in float32, changed to the arithmetic with that name (see `load_classifier`)."""
+    model, device = exact.runner.model, exact.runner.device
+    dtype, reason = choose_dtype(name, device, DTYPES if sample else FLOATS)
+    if dtype == torch.int8 and sample:
+        rounded = replace(exact, runner=ModelRunner(model, device, dtype))
+        pairs = list(zip(exact.label(sample), rounded.label(sample), strict=True))
+        same = sum(one["label"] == other["label"] for one, other in pairs)
+        change = max(abs(one["scores"][key] - other["scores"][key]) for one, other in pairs for key in one["scores"])
+        agreement = f"{same} of {len(sample)} labels as in float32, and a score moves by {change:.3f} at most"
+        if name != "auto" or same >= AGREEMENT * len(sample):
+            return replace(rounded, arithmetic=f"int8 ({reason}; {agreement})")
+        dtype, reason = choose_dtype("auto", device)
+        reason += f"; not int8: {agreement}"
+    cast_frozen_matrices(model.to(device), dtype)
+    return replace(exact, runner=ModelRunner(model, device, dtype), arithmetic=f"{dtype_name(dtype)} ({reason})")
 
 
 def load_base(
@@ -228,13 +260,3 @@ def is_multi_label(model_config: dict[str, Any], num_labels: int) -> bool:
     if kind not in (None, "single_label_classification", "multi_label_classification"):
         raise UserError(f"the model's config.json has the problem_type {kind!r}: it has no classes. Use it with transformers")
     return kind == "multi_label_classification" or num_labels == 1
-
-
-def make_runner(model: DistilBertForSequenceClassification, device_name: str, max_length: int) -> ModelRunner:
-    longest = model.config.max_position_embeddings
-    if not 3 <= max_length <= longest:
-        raise UserError(f"--max-length is {max_length}. For this model it must be between 3 and {longest}")
-    device = choose_device(device_name)
-    dtype, _ = choose_dtype("auto", device)
-    cast_frozen_matrices(model.requires_grad_(False).to(device), dtype)
-    return ModelRunner(model, device, dtype)
