@@ -89,6 +89,8 @@ def match_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str | Pa
 def _check_finite(tensors: dict[str, Tensor], where: str) -> None:
     for key, tensor in tensors.items():
         if tensor.dtype not in FLOATS:
-            raise UserError(f"{where}: {key} contains {tensor.dtype}, not floating-point numbers of 16, 32 or 64 bits. Write it again")
+            raise UserError(
+                f"{where}: {key} contains {tensor.dtype}, not floating-point numbers of 16, 32 or 64 bits. Write it again"
+            )
         if not tensor.isfinite().all():
             raise UserError(f"{where}: {key} contains NaN or infinity. Train again with a smaller learning rate")
