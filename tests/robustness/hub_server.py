@@ -1,5 +1,6 @@
 """A Hugging Face hub on this machine: the part of its protocol that the real client needs, and faults on demand."""
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -7,6 +8,7 @@ import math
 import re
 import shutil
 import threading
+import zlib
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -69,7 +71,8 @@ class Hub:
         "cut": the connection breaks half-way through the file. "silent": no answer at all. "500": an error of the server.
         "portal": a page that wants you to log in to the hotel's network. "later": 429, try again in an hour.
         "circle": redirects to itself. "stall": half of the file, and then nothing. "trickle": a byte now and then.
-        "other": as many other bytes. "longer": more bytes than were promised.
+        "other": as many other bytes. "longer": more bytes than were promised. "endless": bytes without end. "bomb": a little
+        gzip that becomes 256 MB.
         """
         self._faults.append([kind, method, file, times])
 
@@ -153,6 +156,8 @@ class Handler(BaseHTTPRequestHandler):
         start = int(wanted[1]) if wanted else 0
         if start >= size > 0:
             return self.refuse(416, None, {"Content-Range": f"bytes */{size}"})
+        if fault in ("endless", "bomb") and self.command == "GET":
+            return self.send_without_end(fault)
         if fault == "longer":
             size += 1000
         if wanted:
@@ -175,6 +180,20 @@ class Handler(BaseHTTPRequestHandler):
                 self.wfile.write(bytes(size - start))
             else:
                 shutil.copyfileobj(source, self.wfile, 1 << 20)
+
+    def send_without_end(self, fault: str) -> None:
+        """Without a length, until the client hangs up."""
+        self.close_connection = True
+        self.send_response(200)
+        self.send_header("Connection", "close")
+        if fault == "bomb":
+            self.send_header("Content-Encoding", "gzip")
+        self.end_headers()
+        packer = zlib.compressobj(wbits=31)
+        with contextlib.suppress(OSError):
+            for _ in range(256) if fault == "bomb" else iter(int, 1):
+                self.wfile.write(packer.compress(bytes(1 << 20)) if fault == "bomb" else bytes(1 << 16))
+            self.wfile.write(packer.flush())
 
     def refuse(self, status: int, code: str | None, headers: dict[str, str] | None = None) -> None:
         self.send(status, (headers or {}) | ({"X-Error-Code": code, "X-Error-Message": f"{code}."} if code else {}))

@@ -470,3 +470,17 @@ def test_a_faulty_download_is_given_up_within_half_a_minute(slow, homes, fault):
     assert "\n" not in result["message"]
     assert result["seconds"] < 35  # the machine is busy with all of them at once
     assert not list(homes[fault].rglob("snapshots/*/model.safetensors"))
+
+
+def test_a_download_beyond_the_promised_size_is_given_up(tmp_path):
+    """Bytes without end, and a gzip bomb, in place of the 500 bytes that were promised. (Before, the disk was full.)"""
+    with Hub() as hub:
+        for fault in ("endless", "bomb"):
+            hub.add(f"ann/{fault}", {"config.json": b"{}" + b" " * 498})
+            hub.fault(fault, "GET", f"ann/{fault}/config.json")
+        code = 'print(json.dumps([attempt(mark, "ann/endless"), attempt(mark, "ann/bomb")]))'
+        results = run(hub.url, tmp_path, code)
+    for result in results:
+        assert "the hub sent more than it promised" in result["message"]
+        assert result["seconds"] < 15
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) < 1 << 20
