@@ -45,7 +45,7 @@ def run(arguments: list[str] | None) -> None:
     parser.add_argument("--max-length", type=int, help="maximum tokens per text; the rest is cut off [as in training]")
     types = ("auto", "float32", "bfloat16", "int8")
     parser.add_argument(
-        "--dtype", default="auto", choices=types, help="arithmetic: float32, bfloat16, int8, auto (the fastest)"
+        "--dtype", default="auto", choices=types, help="float32, bfloat16, int8, or auto, the fastest [auto]"
     )
     parser.add_argument("--device", default="auto", help="auto (the best available), cpu, cuda, mps [auto]")
     options = parser.parse_intermixed_args(arguments)
