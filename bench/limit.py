@@ -6,7 +6,7 @@ import timeit
 from collections.abc import Callable
 from typing import Any
 
-SLOW = 4  # an arithmetic that takes so many times as long as float32 is not measured further
+SLOW = 4  # a type that takes so many times as long as float32 is not measured further
 
 
 class Limit:
@@ -27,9 +27,9 @@ class Limit:
                 for matrix in (weight, weight.t().contiguous()):  # forward, backward
                     self.weights[name].append((matrix.shape, product(name, matrix)))
         self.measure(tokens=64)
-        times = {name: taken / self.seconds["float32"] for name, taken in self.seconds.items()}
-        self.too_slow = {name: ratio for name, ratio in times.items() if ratio > SLOW}
-        self.flops, self.seconds = 0, {name: 0.0 for name in times if name not in self.too_slow}
+        self.slowdown = self.seconds["bfloat16"] / self.seconds["float32"]
+        names = ("float32", "bfloat16", "int8") if self.slowdown < SLOW else ("float32", "int8")
+        self.flops, self.seconds = 0, dict.fromkeys(names, 0.0)
 
     def measure(self, tokens: int = 1024) -> None:
         """Time every product: the best of three, when the threads of the last side are asleep."""
@@ -49,16 +49,16 @@ class Limit:
 
     def sentence(self) -> str:
         listed = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in self.rates().items())
-        dropped = "".join(
-            f" {name} takes {ratio:.0f} times as long as float32: not tried." for name, ratio in self.too_slow.items()
-        )
-        return f"Bare products: {listed}. The limit is the fastest of them.{dropped}"
+        slow = "" if "bfloat16" in self.seconds else f" bfloat16 takes {self.slowdown:.0f} times as long as float32: not tried."
+        return f"Bare products: {listed}. The limit is the fastest of them.{slow}"
 
     def shares(self, arithmetic: str, tokens: int, seconds: float, training: bool) -> dict[str, float]:
         """What part of `seconds` bare products need for these tokens (without padding): in that arithmetic, in the fastest."""
         needed, rates = 2 * tokens * (self.forward + training * self.backward), self.rates()
-        own = {"of its products": needed / seconds / rates[arithmetic]} if arithmetic in rates else {}
-        return own | {"of the limit": needed / seconds / max(rates.values())}
+        return {
+            "of its products": needed / seconds / rates[arithmetic],
+            "of the limit": needed / seconds / max(rates.values()),
+        }
 
 
 def product(arithmetic: str, weight: Any) -> Callable[[Any], Any]:
