@@ -14,7 +14,6 @@ A peer computes in float32 or in bfloat16, whichever is faster here. No network 
 import argparse
 import itertools
 import json
-import math
 import multiprocessing
 import os
 import platform
@@ -75,9 +74,9 @@ class Process:
 class Sides:
     """Several sides, each ready for its first batch, with the seconds from the start of its process until then."""
 
-    def __init__(self, kinds: list[Kind], args: tuple, texts: list[str], rounds: int, trials: Process):
+    def __init__(self, kinds: list[Kind], args: tuple, texts: list[str], rounds: int, limit: Limit, trials: Process):
         """`args` are those of the sides' classes. A side that labels has labelled the first of `texts` when it is ready."""
-        self.trials = trials.run(try_arithmetics, kinds, args, texts)
+        self.trials = trials.run(try_arithmetics, kinds, args, texts, list(limit.seconds))
         print("starting each side", rounds, "times", file=sys.stderr)
         self.processes: dict[tuple[str, str], Process] = {}
         self.starts: dict[tuple[str, str], list[float]] = {}
@@ -97,8 +96,8 @@ class Sides:
     def chosen(self, kind: Kind) -> list[str]:
         """The arithmetics of a side that are measured: the fastest, or all but the slow ones."""
         seconds = self.trials[kind.name]
-        least = min(seconds.values())
-        return [name for name, taken in seconds.items() if taken == least or (not kind.shows_fastest and taken < SLOW * least)]
+        most = min(seconds.values()) if kind.shows_fastest else SLOW * seconds["float32"]
+        return [name for name, taken in seconds.items() if taken <= most]
 
     def rows(self, first: str) -> list[dict[str, Any]]:
         """The rows of a table. `first` says what a side has done when it is ready."""
@@ -109,38 +108,35 @@ class Sides:
 
     def left_out(self) -> str:
         """A sentence about the arithmetics that were tried only."""
-        slower = []
-        for name, seconds in self.trials.items():
-            for arithmetic, taken in seconds.items():
-                if (name, arithmetic) not in self.processes:
-                    times = "over 10" if taken == math.inf else f"{taken / min(seconds.values()):.1f}"
-                    slower.append(f"{name} in {arithmetic} ({times} times as long)")
+        slower = [
+            f"{name} in {arithmetic} ({taken / min(seconds.values()):.1f} times as long)"
+            for name, seconds in self.trials.items()
+            for arithmetic, taken in seconds.items()
+            if (name, arithmetic) not in self.processes
+        ]
         return f"Tried on a few texts and left out: {', '.join(slower)}." if slower else ""
 
 
-def try_arithmetics(kinds: list[Kind], args: tuple, texts: list[str]) -> dict[str, dict[str, float]]:
-    """Seconds for a few texts in each arithmetic, if a side has several, by its name. Infinite: over 10 times the fastest."""
+def try_arithmetics(kinds: list[Kind], args: tuple, texts: list[str], arithmetics: list[str]) -> dict[str, dict[str, float]]:
+    """Seconds for 16 texts in each of these arithmetics that a side has, by its name. 0 if there is no choice."""
     import numpy as np
 
-    def run(side: Training | Labelling, count: int) -> float:
+    def run(side: Training | Labelling) -> float:
         start = time.perf_counter()
         if isinstance(side, Training):
-            side.step(np.argsort(side.lengths, kind="stable")[:count])
+            side.step(np.argsort(side.lengths, kind="stable")[:16])
         else:
-            side.label(texts[:count])
+            side.label(texts[:16])
         return time.perf_counter() - start
 
     seconds: dict[str, dict[str, float]] = {}
     for kind in kinds:
-        seconds[kind.name], fastest = dict.fromkeys(kind.arithmetics, 0.0), math.inf
-        for arithmetic in kind.arithmetics if len(kind.arithmetics) > 1 else ():
-            side = kind(*args, arithmetic)
-            if run(side, 1) > 10 * fastest:
-                seconds[kind.name][arithmetic] = math.inf
-                continue
-            fastest = min(fastest, run(side, 1))  # the first time, it still imports
-            seconds[kind.name][arithmetic] = run(side, 16)
-        print(f"tried {kind.name}:", seconds[kind.name], file=sys.stderr)
+        seconds[kind.name] = dict.fromkeys((name for name in kind.arithmetics if name in arithmetics), 0.0)
+        if len(seconds[kind.name]) > 1:
+            for arithmetic in seconds[kind.name]:
+                side = kind(*args, arithmetic)
+                run(side)  # warms up
+                seconds[kind.name][arithmetic] = run(side)
     return seconds
 
 
@@ -178,7 +174,7 @@ def measure_training(folder: Path, limit: Limit, trials: Process, options: argpa
     shuffled = spread(list(random[: len(random) // size * size].reshape(-1, size)), lengths, options.batches)
     batches = {kind.name: shuffled if issubclass(kind, Tutorial) else similar for kind in TRAINING}
 
-    sides = Sides(TRAINING, (folder, options.dataset, options.max_length), texts, options.rounds, trials)
+    sides = Sides(TRAINING, (folder, options.dataset, options.max_length), texts, options.rounds, limit, trials)
     for (name, _), process in sides.processes.items():
         process.ask("prepare", batches[name])
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key in sides.processes}
@@ -294,7 +290,7 @@ def compare(folder: Path, parts: list[str], options: argparse.Namespace) -> dict
         result["training"]["notes"].append(limit.sentence())
     if "inference" in parts or "latency" in parts:
         trials.run(export_onnx, folder)
-        sides = Sides(LABELLING, (folder, options.max_length), texts, options.rounds, trials)
+        sides = Sides(LABELLING, (folder, options.max_length), texts, options.rounds, limit, trials)
         if "inference" in parts:
             result["inference"] = measure_inference(sides, folder, limit, texts, options)
             result["inference"]["notes"].append(limit.sentence())

@@ -1,11 +1,12 @@
 """How fast the machine multiplies: the limit for every implementation."""
 
+import functools
 import time
 import timeit
 from collections.abc import Callable
 from typing import Any
 
-SLOW = 4  # an arithmetic that takes so many times as long as the fastest is not measured further
+SLOW = 4  # a type that takes so many times as long as float32 is not measured further
 
 
 class Limit:
@@ -26,8 +27,9 @@ class Limit:
                 for matrix in (weight, weight.t().contiguous()):  # forward, backward
                     self.weights[name].append((matrix.shape, product(name, matrix)))
         self.measure(tokens=64)
-        least = min(self.seconds.values())
-        self.flops, self.seconds = 0, {name: 0.0 for name, taken in self.seconds.items() if taken < SLOW * least}
+        self.slowdown = self.seconds["bfloat16"] / self.seconds["float32"]
+        names = ("float32", "bfloat16", "int8") if self.slowdown < SLOW else ("float32", "int8")
+        self.flops, self.seconds = 0, dict.fromkeys(names, 0.0)
 
     def measure(self, tokens: int = 1024) -> None:
         """Time every product: the best of three, when the threads of the last side are asleep."""
@@ -38,7 +40,7 @@ class Limit:
             for (_, size), multiply in self.weights[name]:
                 x = torch.randn(tokens, size)
                 x = x.bfloat16() if name == "bfloat16" else x
-                self.seconds[name] += min(timeit.repeat(lambda f=multiply, x=x: f(x), number=1, repeat=4)[1:])
+                self.seconds[name] += min(timeit.repeat(functools.partial(multiply, x), number=1, repeat=4)[1:])
         self.flops += sum(2 * tokens * shape.numel() for shape, _ in self.weights["float32"])
 
     def rates(self) -> dict[str, float]:
@@ -47,13 +49,16 @@ class Limit:
 
     def sentence(self) -> str:
         listed = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in self.rates().items())
-        return f"Bare products: {listed}. The limit is the fastest of them."
+        slow = "" if "bfloat16" in self.seconds else f" bfloat16 takes {self.slowdown:.0f} times as long as float32: not tried."
+        return f"Bare products: {listed}. The limit is the fastest of them.{slow}"
 
     def shares(self, arithmetic: str, tokens: int, seconds: float, training: bool) -> dict[str, float]:
         """What part of `seconds` bare products need for these tokens (without padding): in that arithmetic, in the fastest."""
         needed, rates = 2 * tokens * (self.forward + training * self.backward), self.rates()
-        own = {"of its products": needed / seconds / rates[arithmetic]} if arithmetic in rates else {}
-        return own | {"of the limit": needed / seconds / max(rates.values())}
+        return {
+            "of its products": needed / seconds / rates[arithmetic],
+            "of the limit": needed / seconds / max(rates.values()),
+        }
 
 
 def product(arithmetic: str, weight: Any) -> Callable[[Any], Any]:
