@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError, run_cli
+from common.files import read_json
 from data import Row, open_table, read_rows
+from data.tables import TEXTS
 from training.evaluation import progress_bar
 from training.inference import in_parts, load_classifier
 from training.options import Parser
@@ -31,7 +33,9 @@ def run(arguments: list[str] | None) -> None:
     parser.add_argument(
         "--input", type=Path, help="file with texts: a table (.csv, .tsv, .jsonl, .json), or .txt with one text per line"
     )
-    parser.add_argument("--text-column", nargs="+", default=(), help="the columns of --input with the text [text]")
+    parser.add_argument(
+        "--text-column", nargs="+", default=(), help="columns of --input with the text [as in training, or text]"
+    )
     parser.add_argument("--output", type=Path, help="file for --input with a label and a score in each row: .csv, .tsv, .jsonl")
     parser.add_argument("--threshold", type=float, default=0.0, help="give no label to a text with a lower score [0]")
     parser.add_argument("--json", action="store_true", help="print JSON Lines for texts on the command line, too")
@@ -51,7 +55,7 @@ def run(arguments: list[str] | None) -> None:
     with contextlib.ExitStack() as stack:
         table = stack.enter_context(open_table(options.output)) if options.output else None
         classifier = load_classifier(options.folder, options.model, options.device, options.max_length)
-        rows = read_rows(options.input, options.text_column)
+        rows = read_rows(options.input, options.text_column or text_columns(options.folder, options.input))
         if options.texts:
             rows = (Row(number, text, None, {"text": text}) for number, text in enumerate(options.texts, 1))
         is_screen = sys.stdout.isatty() and sys.stderr.isatty() and not table  # where a bar would disturb the answers
@@ -78,6 +82,15 @@ def run(arguments: list[str] | None) -> None:
         print(f"{labelled:,} texts in {time.monotonic() - started:.1f} s{without}", file=sys.stderr)
     if options.output:
         print(f"saved {options.output}")
+
+
+def text_columns(run: Path, source: Path | None) -> list[str]:
+    """The columns of text that the run was trained on, if `source` is a table and the run says some."""
+    path = run / "results.json"
+    if source is None or source.suffix.lower() in TEXTS or not path.is_file():
+        return []
+    options = read_json(path).get("options")
+    return list(options.get("text_column") or []) if isinstance(options, dict) else []
 
 
 def print_scores(answer: dict[str, Any]) -> None:
