@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError, run_cli
+from common.files import read_json
 from data import Row, open_table, read_rows
+from data.tables import TEXTS
 from training.evaluation import progress_bar
 from training.inference import CHUNK, in_parts, load_classifier
 from training.options import Parser
@@ -37,16 +39,16 @@ def run(arguments: list[str] | None) -> None:
     parser.add_argument(
         "--input", type=Path, help="file with texts: a table (.csv, .tsv, .jsonl, .json), or .txt with one text per line"
     )
-    parser.add_argument("--text-column", nargs="+", default=(), help="the columns of --input with the text [text]")
+    parser.add_argument(
+        "--text-column", nargs="+", default=(), help="columns of --input with the text [as in training, or text]"
+    )
     parser.add_argument("--output", type=Path, help="file for --input with a label and a score in each row: .csv, .tsv, .jsonl")
     parser.add_argument("--threshold", type=float, default=0.0, help="give no label to a text with a lower score [0]")
     parser.add_argument("--json", action="store_true", help="print JSON Lines for texts on the command line, too")
     parser.add_argument("--model", help="the base model [the one that the adapter names]")
     parser.add_argument("--max-length", type=int, help="maximum tokens per text; the rest is cut off [as in training]")
     types = ("auto", "float32", "bfloat16", "int8")
-    parser.add_argument(
-        "--dtype", default="auto", choices=types, help="float32, bfloat16, int8, or auto, the fastest [auto]"
-    )
+    parser.add_argument("--dtype", default="auto", choices=types, help="float32, bfloat16, int8, or auto, the fastest [auto]")
     parser.add_argument("--device", default="auto", help="auto (the best available), cpu, cuda, mps [auto]")
     options = parser.parse_intermixed_args(arguments)
     if options.texts and options.input is not None:
@@ -61,7 +63,7 @@ def run(arguments: list[str] | None) -> None:
     is_whole = bool(options.texts) or is_file(options.input)  # nothing has to be waited for
     with contextlib.ExitStack() as stack:
         table = stack.enter_context(open_table(options.output)) if options.output else None
-        rows = read_rows(options.input, options.text_column)
+        rows = read_rows(options.input, options.text_column or text_columns(options.folder, options.input))
         if options.texts:
             rows = (Row(number, text, None, {"text": text}) for number, text in enumerate(options.texts, 1))
         parts = in_parts(rows, as_they_come=not is_whole)
@@ -94,6 +96,15 @@ def run(arguments: list[str] | None) -> None:
         print(f"{labelled:,} texts in {time.monotonic() - started:.1f} s{without}", file=sys.stderr)
     if options.output:
         print(f"saved {options.output}")
+
+
+def text_columns(run: Path, source: Path | None) -> list[str]:
+    """The columns of text that the run was trained on, if `source` is a table and the run says some."""
+    path = run / "results.json"
+    if source is None or source.suffix.lower() in TEXTS or not path.is_file():
+        return []
+    options = read_json(path).get("options")
+    return list(options.get("text_column") or []) if isinstance(options, dict) else []
 
 
 def print_scores(answer: dict[str, Any]) -> None:

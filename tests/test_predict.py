@@ -6,6 +6,7 @@ import json
 import os
 import re
 import select
+import shutil
 import subprocess
 import sys
 import threading
@@ -458,3 +459,14 @@ def test_answers_leave_as_they_come(small_model, monkeypatch):
         running.join()
     os.close(reading)
     os.close(answers)
+
+
+def test_the_columns_of_the_training_are_the_default(small_model, tmp_path, capsys):
+    shutil.copytree(small_model, tmp_path / "model")
+    (tmp_path / "in.csv").write_text("a,b,text\none,two,three\n")
+    (tmp_path / "in.txt").write_text("one\n")
+    (tmp_path / "results.json").write_text('{"options": {"text_column": ["a", "b"]}}')
+    command = [tmp_path, "--input", tmp_path / "in.csv"]
+    assert labelled(capsys, *command)[0]["text"] == "one two"
+    assert labelled(capsys, *command, "--text-column", "text")[0]["text"] == "three"
+    assert labelled(capsys, tmp_path, "--input", tmp_path / "in.txt")[0]["text"] == "one"
