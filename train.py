@@ -96,9 +96,6 @@ def run(options: Options, checkpoint: Checkpoint | None = None) -> dict[str, Any
         measured = train(runner, inputs.train, options, processes, checkpoints, signals)
         after = evaluate(runner, inputs.test, num_labels, processes, "after")
         print(f"macro-F1 after training:  {macro_f1(after):.4f}")
-        if dtype == torch.int8:
-            exact = evaluate(ModelRunner(model, device, torch.float32), inputs.test, num_labels, processes, "over float32")
-            print(f"  over the float32 weights: {macro_f1(exact):.4f}")
         for name, f1 in zip(inputs.label_names, f1_per_class(after), strict=True):
             print(f"  F1 of {name:<20} {f1:.4f}")
         if frozen_hash:

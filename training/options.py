@@ -94,8 +94,8 @@ class Options:
     quiet: bool = option(False, "skip the LoRA sanity checks")
     dtype: str = option(
         "auto",
-        "arithmetic with the frozen weights: float32, bfloat16, int8 (see docs/running.md), auto (the faster of the first two)",
-        choices=("auto", "float32", "bfloat16", "int8"),
+        "type of the frozen weights and of the arithmetic: auto (the faster one on this machine), float32, bfloat16",
+        choices=("auto", "float32", "bfloat16"),
     )
     device: str = option("auto", "auto (the best available), cpu, cuda, mps", choices=("auto", "cpu", "cuda", "mps"))
 
