@@ -66,6 +66,8 @@ def hub_file(repo_id: str, filename: str, revision: str | None = None, repo_type
         cached = try_to_load_from_cache(repo_id, filename, revision=revision, repo_type=repo_type)
         if isinstance(cached, str):
             return Path(cached)
+        if cached is not None:  # the cache remembers that there is none
+            raise errors.EntryNotFoundError("in the cache")
     except errors.HFValidationError:
         raise NotOnHub(f"{repo_id!r} is neither a folder nor the name of a {kind} on the hub: check the spelling") from None
     except errors.RevisionNotFoundError:

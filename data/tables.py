@@ -85,7 +85,7 @@ def choose_columns(path: Path | None, line: int, fields: dict[str, Any], wanted:
     label = next(filter(None, find([wanted.label] if wanted.label else LABEL_COLUMNS)), None)
     if len(columns) == 2 and (text or label):
         other = [name for name in columns if name not in (*text, label)]
-        text = text or ([] if wanted.text else other)
+        text = text or ([] if wanted.text else [name for name in other if not _is_number(str(fields[name]))])
         label = label or (None if wanted.label or not other else other[0])
     if not text or (wanted.labelled and label is None):
         missing = (wanted.label or "label") if text else next((name for name in wanted.text if not find([name])[0]), "text")

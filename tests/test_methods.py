@@ -19,7 +19,7 @@ import predict
 import report
 import train
 from common.files import read_json
-from data import tokenize
+from data import load_dataset, tokenize
 from lora import LoraConfig, LoRALinear, get_peft_model
 from model import load_pretrained
 from training.artifacts import EVENTS
@@ -138,9 +138,9 @@ def test_every_method_predicts_as_accurately_as_the_run_measured(runs, method):
     classifier = load_classifier(runs / method, device="cpu")
     names = classifier.label_names
     assert names == ["World", "Sports", "Business", "Sci/Tech"]
-    rows = [json.loads(line) for line in (Path(train.__file__).parent / "data/sample/test.jsonl").read_text().splitlines()][:48]
-    answers = list(classifier.label(row["text"] for row in rows))
-    right = sum(answer["label"] == names[row["label"]] for answer, row in zip(answers, rows, strict=True))
+    test = load_dataset("sample").limited(None, 48, seed=0).test
+    answers = list(classifier.label(test.texts))
+    right = sum(answer["label"] == names[label] for answer, label in zip(answers, test.labels, strict=True))
     # The adapter is merged, perhaps in bfloat16, which can change the label of a text with a close score.
     assert right / 48 == pytest.approx(read_json(runs / method / "results.json")["after"]["accuracy"], abs=0.05)
 

@@ -285,6 +285,15 @@ def test_a_text_file_to_label_has_a_text_on_each_line_whatever_it_looks_like(tmp
     assert [row.text for row in read_rows(path)] == ["text;label", '["x", 1]', ""]
 
 
+def test_numbers_are_not_taken_for_texts(tmp_path):
+    for name, content in {
+        "a.csv": table([(i, label) for i, (_, label) in enumerate(TICKETS)], ("id", "label")),
+        "a.jsonl": lines([{"id": i, "label": label} for i, (_, label) in enumerate(TICKETS)]),
+    }.items():
+        with pytest.raises(UserError, match="no column is called \"text\"; there are 'id', 'label'"):
+            load(write(tmp_path, {name: content}))
+
+
 def test_labels_are_stripped_and_composed_in_every_form(tmp_path):
     said = [("x", "caf\u00e9"), ("y", "cafe\u0301 "), ("z", "World"), ("w", "World\u00a0")]
     for name, content in {"a.csv": table(said, ("text", "label")), "a.jsonl": lines(objects(rows=said))}.items():

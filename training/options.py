@@ -103,6 +103,8 @@ class Options:
         self.target_modules, self.text_column = tuple(self.target_modules), tuple(self.text_column)
         for item in dataclasses.fields(self):
             check(flag(item.name), getattr(self, item.name), **item.metadata)
+        if self.label_column in self.text_column:
+            raise UserError(f"--text-column and --label-column are both {self.label_column}. Name two columns")
         if self.learning_rate is None:
             self.learning_rate = LEARNING_RATES[self.method]
         if self.method != "lora":

@@ -503,6 +503,8 @@ def run_refusal(capsys, tmp_path, *arguments, model="minilm", dataset="sample"):
         ),
         ("--merged-output caf\udce9", ["'caf\\udce9' on the command line is not UTF-8"]),
         ("--batch-size -1", ["--batch-size is -1", "between 1 and"]),
+        ("--text-column a b --label-column b", ["--text-column and --label-column are both b"]),
+        ("--test-share 1", ["--test-share is 1.0", "between 0.001 and 0.9"]),
         ("--train-limit 0", ["--train-limit is 0"]),
         ("--test-limit 0", ["--test-limit is 0"]),
         ("--max-length 2", ["--max-length is 2", "between 3 and"]),

@@ -367,12 +367,14 @@ print(json.dumps([
 
 def test_a_data_set_of_a_user_comes_from_the_hub_and_then_from_the_cache(hub, home):
     """As .jsonl or .csv, in the root or in data/, at one commit even if main moves, and without a test part."""
-    jsonl = b"".join(b'{"text": "text %d", "label": "%s"}\n' % (i, b"ab"[i % 2 :][:1]) for i in range(20))
-    table = b"text,label\n" + b"".join(b"row %d,%d\n" % (i, i % 2) for i in range(20))
-    old = hub.add("datasets/ann/lines", {"train.jsonl": jsonl, "test.jsonl": jsonl[:60], "train.csv": b"not this one"})
-    pinned = hub.add("datasets/ann/table", {"data/train.csv": table, "data/test.csv": table[:40]}, branch="v1")
+    rows = [b'{"text": "text %d", "label": "%s"}\n' % (i, b"a" if i % 2 else b"b") for i in range(20)]
+    table = [b"text,label\n", *(b"row %d,%d\n" % (i, i % 2) for i in range(20))]
+    whole, few = b"".join(rows), b"".join(rows[:2])
+    whole_table, few_table = b"".join(table), b"".join(table[:5])
+    old = hub.add("datasets/ann/lines", {"train.jsonl": whole, "test.jsonl": few, "train.csv": b"not this one"})
+    pinned = hub.add("datasets/ann/table", {"data/train.csv": whole_table, "data/test.csv": few_table}, branch="v1")
     hub.add("datasets/ann/table", {"README.md": b""})
-    hub.add("datasets/ann/one", {"train.csv": table})
+    hub.add("datasets/ann/one", {"train.csv": whole_table})
     hub.add("datasets/ann/parquet", {"data/train-00000-of-00001.parquet": b"PAR1"})
 
     def move(request) -> None:
