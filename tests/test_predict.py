@@ -22,7 +22,7 @@ import transformers
 
 import predict
 from common.errors import UserError
-from data import load_dataset, read_rows, read_texts
+from data import Row, load_dataset, read_rows, read_texts
 from model import DistilBertConfig, DistilBertForSequenceClassification, load_pretrained, save_pretrained
 from training import inference
 from training.evaluation import confusion_matrix
@@ -423,23 +423,23 @@ def test_progress_is_written_where_standard_error_is_a_file(small_model, capsys,
 def test_a_slow_producer_gets_answers_as_its_texts_come(small_model, tmp_path):
     """And a fast one is read in large parts."""
     reading, writing = os.pipe()
-    parts = in_parts(read_rows(Path(f"/dev/fd/{reading}")), as_they_come=True)
+    parts = in_parts(read_rows(Path(f"/dev/fd/{reading}")), wait=False)
     for text in ("one", "two"):
         os.write(writing, f"{text}\n".encode())
         assert [row.text for row in next(parts)] == [text]
-    os.write(writing, b"three\nfour\nfive")
-    os.close(writing)
-    assert [[row.text for row in part] for part in parts] == [["three", "four", "five"]]
+    os.write(writing, b"three\nfour\n\xff\n")
+    with pytest.raises(UserError, match="line 5: not UTF-8"):
+        list(parts)
     os.close(reading)
+    os.close(writing)
 
-    def fails():
-        yield from "ab"
-        raise UserError("line 3")
 
-    parts = in_parts(fails(), as_they_come=True)
-    assert next(parts) == ["a", "b"]
-    with pytest.raises(UserError, match="line 3"):
-        next(parts)
+@pytest.mark.parametrize("wait", [True, False])
+def test_a_part_is_bounded_in_texts_and_in_characters(monkeypatch, wait):
+    monkeypatch.setattr(inference, "CHUNK", 3)
+    monkeypatch.setattr(inference, "CHARACTERS", 10)
+    rows = [Row(i, "x" * length, None, {}) for i, length in enumerate([1, 1, 1, 1, 9, 20, 1])]
+    assert [len(part) for part in in_parts(rows, wait)] == [3, 2, 1, 1]
 
 
 def test_answers_leave_as_they_come(small_model, monkeypatch):
