@@ -66,7 +66,7 @@ def run(arguments: list[str] | None) -> None:
         rows = read_rows(options.input, options.text_column or text_columns(options.folder, options.input))
         if options.texts:
             rows = (Row(number, text, None, {"text": text}) for number, text in enumerate(options.texts, 1))
-        parts = in_parts(rows, as_they_come=not is_whole)
+        parts = in_parts(rows, wait=is_whole)
         first = next(parts, []) if is_whole else []
         sample = [row.text for row in first[:SAMPLE]] if len(first) == CHUNK else []  # with fewer texts, it does not pay
         classifier = load_classifier(options.folder, options.model, options.device, options.max_length, options.dtype, sample)

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,7 +48,9 @@ class TableWriter:
 
     def write_values(self, values: list[Any]) -> None:
         cells = [value if isinstance(value, str | None) else json.dumps(value, ensure_ascii=False) for value in values]
-        csv.writer(self.file, delimiter=DELIMITERS[self.suffix], lineterminator="\n").writerow(cells)
+        line = io.StringIO(newline="")
+        csv.writer(line, delimiter=DELIMITERS[self.suffix]).writerow(cells)  # its line end decides what it quotes: \r, too
+        self.file.write(line.getvalue().removesuffix("\r\n") + "\n")
 
 
 @contextlib.contextmanager

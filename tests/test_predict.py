@@ -23,7 +23,7 @@ import transformers
 
 import predict
 from common.errors import UserError
-from data import load_dataset, read_rows, read_texts
+from data import Row, load_dataset, open_table, read_rows, read_texts
 from model import DistilBertConfig, DistilBertForSequenceClassification, load_pretrained, save_pretrained
 from training import inference
 from training.evaluation import confusion_matrix
@@ -408,9 +408,8 @@ def test_a_column_that_is_called_label_is_kept_beside_the_new_one(small_model, c
     assert next(csv.DictReader(output.open()))["label"] == "spam"
     assert output.read_text().splitlines()[0] == "text,label,predicted_label,predicted_score"
     path.write_text("text,label,predicted_label\na,spam,ham\n")
-    assert "line 2: there is a field 'predicted_label' already" in refused(
-        capsys, small_model, "--input", path, "--output", output
-    )
+    assert predict.main([str(argument) for argument in (small_model, "--input", path, "--output", output)]) == 2
+    assert "line 2: there is a field 'predicted_label' already" in capsys.readouterr().err
 
 
 def test_an_output_is_written_whole_or_not_at_all(small_model, capsys, tmp_path):
@@ -418,7 +417,8 @@ def test_an_output_is_written_whole_or_not_at_all(small_model, capsys, tmp_path)
     output.write_text("before")
     path.write_text('{"text": "a"}\n{"text": "b", "more": 1}\n')
     command = [small_model, "--input", path, "--output"]
-    assert "line 2: the first row has no field 'more'; write --output as .jsonl" in refused(capsys, *command, output)
+    assert predict.main([str(argument) for argument in (*command, output)]) == 2
+    assert "line 2: the first row has no field 'more'; write --output as .jsonl" in capsys.readouterr().err
     assert output.read_text() == "before"
     assert "would overwrite --input" in refused(capsys, *command, path)
     assert "a table is written as .csv, .tsv, .jsonl, .ndjson" in refused(capsys, *command, tmp_path / "labels.xlsx")
@@ -468,23 +468,24 @@ def test_progress_is_written_where_standard_error_is_a_file(small_model, capsys,
 def test_a_slow_producer_gets_answers_as_its_texts_come(small_model, tmp_path):
     """And a fast one is read in large parts."""
     reading, writing = os.pipe()
-    parts = in_parts(read_rows(Path(f"/dev/fd/{reading}")), as_they_come=True)
+    parts = in_parts(read_rows(Path(f"/dev/fd/{reading}")), wait=False)
     for text in ("one", "two"):
         os.write(writing, f"{text}\n".encode())
         assert [row.text for row in next(parts)] == [text]
-    os.write(writing, b"three\nfour\nfive")
-    os.close(writing)
-    assert [[row.text for row in part] for part in parts] == [["three", "four", "five"]]
+    os.write(writing, b"three\nfour\n\xff\n")
+    with pytest.raises(UserError, match="line 5: not UTF-8"):
+        list(parts)
     os.close(reading)
+    os.close(writing)
 
-    def fails():
-        yield from "ab"
-        raise UserError("line 3")
 
-    parts = in_parts(fails(), as_they_come=True)
-    assert next(parts) == ["a", "b"]
-    with pytest.raises(UserError, match="line 3"):
-        next(parts)
+@pytest.mark.parametrize("wait", [True, False])
+def test_a_part_is_bounded_in_texts_and_in_characters(monkeypatch, wait):
+    monkeypatch.setattr(inference, "CHUNK", 3)
+    monkeypatch.setattr(inference, "CHARACTERS", 10)
+    monkeypatch.setattr(inference, "PATIENCE", 60)
+    rows = [Row(i, "x" * length, None, {}) for i, length in enumerate([1, 1, 1, 1, 9, 20, 1])]
+    assert [len(part) for part in in_parts(rows, wait)] == [3, 2, 1, 1]
 
 
 def test_answers_leave_as_they_come(small_model, monkeypatch):
@@ -494,14 +495,14 @@ def test_answers_leave_as_they_come(small_model, monkeypatch):
     with open(output, "w") as stdout:
         monkeypatch.setattr("sys.stdout", stdout)
         command = [str(small_model), "--input", f"/dev/fd/{reading}"]
-        running = threading.Thread(target=predict.main, args=[command])
+        running = threading.Thread(target=predict.main, args=[command], daemon=True)
         running.start()
         for text in ("one", "two"):
             os.write(writing, f"{text}\n".encode())
             assert select.select([answers], [], [], 30)[0]
             assert json.loads(os.read(answers, 10_000))["text"] == text
         os.close(writing)
-        running.join()
+        running.join(60)
     os.close(reading)
     os.close(answers)
 
@@ -515,3 +516,12 @@ def test_the_columns_of_the_training_are_the_default(small_model, tmp_path, caps
     assert labelled(capsys, *command)[0]["text"] == "one two"
     assert labelled(capsys, *command, "--text-column", "text")[0]["text"] == "three"
     assert labelled(capsys, tmp_path, "--input", tmp_path / "in.txt")[0]["text"] == "one"
+
+
+def test_a_table_that_was_written_is_read_again(tmp_path):
+    """Whatever is in a cell."""
+    cells = ["a\rb", "a\nb", 'a "b"', "a,b;c\td", " a ", "\u2028", "=1+1"]
+    with open_table(tmp_path / "out.csv") as table:
+        for number, cell in enumerate(cells):
+            table.write(None, Row(number, cell, None, {"text": cell, "n": str(number)}), "good", 0.5)
+    assert [row.text for row in read_rows(tmp_path / "out.csv")] == cells

@@ -1,7 +1,5 @@
 """A trained classifier: from a run folder or an adapter folder to labels for new texts."""
 
-import contextlib
-import itertools
 import os
 import queue
 import sys
@@ -18,7 +16,7 @@ from torch import Tensor
 
 from common.errors import HubUnreachable, NotOnHub, UserError
 from common.files import read_json
-from data import evaluation_batches, slices, tokenize
+from data import Row, evaluation_batches, slices, tokenize
 from lora import PeftModel
 from lora.adapter import PREFIX, read_adapter
 from lora.config import CONFIG_FILE
@@ -73,15 +71,27 @@ class Classifier:
                 yield answer
 
 
-def in_parts(rows: Iterator[Any], as_they_come: bool) -> Iterator[list[Any]]:
-    """The rows in lists of CHUNK. With `as_they_come` a list also ends when no further row comes within PATIENCE seconds.
+def in_parts(rows: Iterable[Row], wait: bool = True) -> Iterator[list[Row]]:
+    """The rows in lists of at most CHUNK, fewer if their texts have CHARACTERS together.
 
-    For that a thread reads ahead, CHUNK rows at most. What the rows raise is raised after the rows before it.
+    Without `wait` a list also ends when no further row comes within PATIENCE seconds.
     """
-    if not as_they_come:
-        yield from iter(lambda: list(itertools.islice(rows, CHUNK)), [])
-        return
-    arrived: queue.Queue[Any] = queue.Queue(CHUNK)
+    part: list[Row] = []
+    characters = 0
+    for row in rows if wait else as_they_come(rows):
+        if row is not None:
+            part.append(row)
+            characters += len(row.text)
+        if part and (row is None or len(part) == CHUNK or characters >= CHARACTERS):
+            yield part
+            part, characters = [], 0
+    if part:
+        yield part
+
+
+def as_they_come(rows: Iterable[Row]) -> Iterator[Row | None]:
+    """Each row, and None when no further one has come within PATIENCE seconds. A thread reads a little ahead."""
+    arrived: queue.Queue[Row | Exception] = queue.Queue(16)
 
     def read() -> None:
         try:
@@ -91,19 +101,18 @@ def in_parts(rows: Iterator[Any], as_they_come: bool) -> Iterator[list[Any]]:
         except Exception as error:
             arrived.put(error)
 
-    threading.Thread(target=read, daemon=True).start()  # a daemon may be left waiting for input
+    threading.Thread(target=read, daemon=True).start()  # a daemon: it may be waiting for input when the program ends
     while True:
-        chunk = [arrived.get()]
-        with contextlib.suppress(queue.Empty):
-            while len(chunk) < CHUNK and not isinstance(chunk[-1], Exception):
-                chunk.append(arrived.get(timeout=PATIENCE))
-        end = chunk.pop() if isinstance(chunk[-1], Exception) else None
-        if chunk:
-            yield chunk
-        if isinstance(end, StopIteration):
+        try:
+            row = arrived.get(timeout=PATIENCE)
+        except queue.Empty:
+            yield None
+            row = arrived.get()
+        if isinstance(row, StopIteration):
             return
-        if end:
-            raise end
+        if isinstance(row, Exception):
+            raise row
+        yield row
 
 
 def probabilities(logits: np.ndarray, multi_label: bool) -> np.ndarray:
