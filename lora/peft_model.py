@@ -26,7 +26,8 @@ ONLY = {"adapter_name": "default", "mixed": False, "autocast_adapter_dtype": Tru
 NO_EFFECT = {"torch_device", "low_cpu_mem_usage", "save_function", "state_dict"}
 HUB = {"revision", "token", "cache_dir", "local_files_only"}
 # what transformers' models offer for adapters of their own
-FOREIGN = {"add_adapter", "set_adapter", "delete_adapter", "enable_adapters", "disable_adapters", "get_adapter_state_dict"}
+FOREIGN = {"add_adapter", "set_adapter", "delete_adapter", "enable_adapters", "disable_adapters", "get_adapter_state_dict",
+           "enable_peft_hotswap"}  # fmt: skip
 
 
 class _Forward(functools.partial):
