@@ -192,7 +192,7 @@ def test_the_first_parameters_are_peft_s(name):
 
 def test_harmless_options_are_accepted_and_others_refused(tmp_path):
     config = LoraConfig(target_modules=Q_V)
-    model = get_peft_model(base_model(), config, adapter_name="default", mixed=False, autocast_adapter_dtype=True)
+    model = get_peft_model(base_model(), config, adapter_name="default", mixed=False, autocast_adapter_dtype=False)
     model.save_pretrained(tmp_path, safe_serialization=True, is_main_process=True, state_dict=model.state_dict())
     model.save_pretrained(tmp_path / "nowhere", is_main_process=False)
     assert not (tmp_path / "nowhere").exists()
@@ -314,7 +314,7 @@ def test_state_dicts_have_peft_s_keys_and_go_back():
     perturb(theirs)
     state = peft.get_peft_model_state_dict(theirs)
     assert state.keys() == lora.get_peft_model_state_dict(ours).keys()
-    lora.set_peft_model_state_dict(ours, state)
+    assert lora.set_peft_model_state_dict(ours, state).unexpected_keys == []
     assert torch.equal(logits(ours), logits(theirs))
     with pytest.raises(UserError, match="the state dict lacks "):
         lora.set_peft_model_state_dict(ours, {})
