@@ -96,12 +96,12 @@ class LoraConfig:
         annotations = typing.get_type_hints(type(self))
         for item in fields(self):
             value = getattr(self, item.name)
+            if isinstance(value, list | tuple | set | dict) and len(value) > MAX_ENTRIES:
+                raise UserError(f"{item.name} has {len(value):,} entries. Supported: {MAX_ENTRIES:,}")
             if isinstance(value, tuple | set):
                 setattr(self, item.name, value := sorted(value))
             if not _has_type(value, annotations[item.name]):
                 raise UserError(f"{item.name} is {value!r}. Its type must be {item.type}")
-            if isinstance(value, list | dict) and len(value) > MAX_ENTRIES:
-                raise UserError(f"{item.name} has {len(value):,} entries. Supported: {MAX_ENTRIES:,}")
             choices = CHOICES.get(item.name)
             if choices and value not in choices:
                 raise UserError(f"{item.name} is {value!r}. Supported: {', '.join(map(str, choices))}")

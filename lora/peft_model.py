@@ -22,11 +22,12 @@ from lora.modules_to_save import ModulesToSaveWrapper
 from lora.targets import find_head, short_names
 
 # peft's options: those of which one value is supported, those that change nothing here, and those of the hub
-ONLY = {"adapter_name": "default", "mixed": False, "autocast_adapter_dtype": True, "safe_serialization": True}
-NO_EFFECT = {"torch_device", "low_cpu_mem_usage", "save_function", "state_dict"}
+ONLY = {"adapter_name": "default", "mixed": False, "safe_serialization": True}
+NO_EFFECT = {"autocast_adapter_dtype", "torch_device", "low_cpu_mem_usage", "save_function", "state_dict"}
 HUB = {"revision", "token", "cache_dir", "local_files_only"}
 # what transformers' models offer for adapters of their own
-FOREIGN = {"add_adapter", "set_adapter", "delete_adapter", "enable_adapters", "disable_adapters", "get_adapter_state_dict"}
+FOREIGN = {"add_adapter", "set_adapter", "delete_adapter", "enable_adapters", "disable_adapters", "get_adapter_state_dict",
+           "enable_peft_hotswap"}  # fmt: skip
 
 
 class _Forward(functools.partial):
@@ -45,6 +46,7 @@ class PeftModel(nn.Module):
 
     base_model: nn.Module
     active_adapter = "default"
+    prefix = "lora_"  # of the names of what an adapted layer trains
 
     def __init__(self, model: nn.Module, peft_config: LoraConfig, adapter_name: str = "default", **options: Any):
         super().__init__()
@@ -214,11 +216,15 @@ def get_peft_model_state_dict(model: nn.Module, adapter_name: str = "default") -
     return {key.removeprefix(prefix): tensor for key, tensor in adapter.adapter_tensors(_unwrapped(model)).items()}
 
 
-def set_peft_model_state_dict(model: nn.Module, peft_model_state_dict: dict, adapter_name: str = "default") -> None:
-    """Copy tensors into the model, by the keys of `get_peft_model_state_dict`. Raises UserError if they do not fit."""
+def set_peft_model_state_dict(model: nn.Module, peft_model_state_dict: dict, adapter_name: str = "default") -> Any:
+    """Copy tensors into the model, by the keys of `get_peft_model_state_dict`. Raises UserError if they do not fit.
+
+    So the missing and the unexpected keys that it returns, as torch's load_state_dict does, are always none.
+    """
     present = get_peft_model_state_dict(model, adapter_name)
     for key, tensor in adapter.match_tensors(present, peft_model_state_dict, "the state dict").items():
         present[key].copy_(tensor)
+    return nn.modules.module._IncompatibleKeys([], [])
 
 
 def print_trainable_parameters(model: nn.Module) -> None:

@@ -15,6 +15,7 @@ from lora.errors import UserError
 # for a model_type, if target_modules is None: as in peft, which has none for distilbert
 USUAL_TARGETS = {kind: ["query", "value"] for kind in ("bert", "roberta", "xlm-roberta", "electra")}
 USUAL_TARGETS |= {"deberta-v2": ["query_proj", "value_proj"], "distilbert": ["q_lin", "v_lin"]}
+END = r"(.*\.)?({})"  # an expression for the end of a name, from its start or a dot on
 SECONDS = 10  # for patterns that are not simple
 MATCH = "import json,re,sys;p,n=json.load(sys.stdin);print(json.dumps([[s for s in n if re.fullmatch(e, s)] for e in p]))"
 
@@ -103,7 +104,7 @@ def pattern_values(option: str, patterns: dict, names: list[str], default: Any, 
     Raises UserError if a pattern matches none (if `strict`), is invalid, or takes too long.
     """
     values: dict[str, Any] = {}
-    matched = _match(option, [rf"(.*\.)?({pattern})" for pattern in patterns], names)
+    matched = _match(option, list(patterns), names, END)
     for pattern, found in zip(patterns, matched, strict=True):
         if strict and not found:
             raise UserError(f"{option}: no target module is named {pattern!r}. Choose from: {_last_parts(names)}")
@@ -123,7 +124,7 @@ def _in_layers(names: list[str], numbers: list[int], patterns: list[str] | str |
     """
     places = [(name, name[: match.start()], int(match[1])) for name in names for match in re.finditer(r"\.(\d+)(?=\.)", name)]
     patterns = [patterns] if isinstance(patterns, str) else patterns or [r"[^.]*\.[^.]*"]
-    found = _match("layers_pattern", [rf"(.*\.)?({pattern})" for pattern in patterns], [before for _, before, _ in places])
+    found = _match("layers_pattern", patterns, [before for _, before, _ in places], END)
     known = set().union(*found)
     first = {name: number for name, before, number in reversed(places) if before in known}
     return [name for name in names if first.get(name) in numbers]
@@ -142,18 +143,18 @@ def _ends(name: str) -> list[str]:
     return [name, *(name[dot.end() :] for dot in re.finditer(r"\.", name))]
 
 
-def _match(option: str, patterns: list[str], names: list[str]) -> list[list[str]]:
-    """The names that each pattern matches as a whole. Raises UserError for a pattern that is invalid or takes too long.
+def _match(option: str, patterns: list[str], names: list[str], within: str = "{}") -> list[list[str]]:
+    """The names that each pattern, put into `within`, matches as a whole. Raises UserError if it is invalid or takes too long.
 
     `re` may never end over a pattern such as `([a-z]+)+!`, and files come from strangers. So patterns that are not simple are
     matched in a process of their own, within `SECONDS`.
     """
     try:
-        expressions = [re.compile(pattern := each) for each in patterns]
-        simple = [each for each in patterns if len(re.findall(r"[*+?{|]", each)) < 6 and not re.search(r"\)[*+{]", each)]
+        expressions = [re.compile(within.format(pattern := each)) for each in patterns]
+        simple = [each for each in patterns if len(re.findall(r"[*+?{|]", each)) < 4 and not re.search(r"\)[*+{]", each)]
         if len(simple) == len(patterns) <= 100:
             return [[name for name in names if expression.fullmatch(name)] for expression in expressions]
-        command, text = [sys.executable, "-ISc", MATCH], json.dumps([patterns, names])
+        command, text = [sys.executable, "-ISc", MATCH], json.dumps([[each.pattern for each in expressions], names])
         done = subprocess.run(command, input=text.encode(), stdout=subprocess.PIPE, timeout=SECONDS, check=True)
         return json.loads(done.stdout)
     except (re.error, OverflowError, RecursionError) as error:  # invalid, too long or too deep

@@ -109,7 +109,7 @@ def test_another_base_model(folder):
 
 
 def test_another_kind_of_model(folder):
-    assert "no module is named 'pre_classifier'" in refusal(folder, base_model("bert"))
+    assert "['q_lin', 'v_lin'] matches no layer. Choose from: query" in refusal(folder, base_model("bert"))
 
 
 def test_a_target_without_tensors(folder):
@@ -132,12 +132,13 @@ def test_a_target_without_tensors(folder):
         ({"target_parameters": ["weight"]}, "target_parameters"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
         ({"use_qalora": True}, "use_qalora"),
-        ({"task_type": "CAUSAL_LM"}, "task_type is 'CAUSAL_LM'"),
+        ({"task_type": "TRANSLATION"}, "task_type is 'TRANSLATION'"),
         ({"r": 0}, "r is 0"),
         ({"r": "two"}, "r is 'two'"),
         ({"r": 1 << 60}, "r is 1152921504606846976"),
         ({"lora_alpha": None}, "lora_alpha is None"),
-        ({"target_modules": None}, "target_modules is empty"),
+        ({"target_modules": []}, "target_modules is empty"),
+        ({"rank_pattern": {r"([a-z_]+)+!": 2, "q_lin": 1 << 30}}, "rank_pattern['q_lin'] is 1073741824"),
         ({"target_modules": 7}, "target_modules is 7"),
         ({"target_modules": [7]}, "target_modules is [7]"),
         ({"target_modules": {"q_lin": 1}}, "target_modules is {'q_lin': 1}"),
