@@ -77,7 +77,7 @@ def refuse_to_overwrite(folder: Path) -> None:
     """Raises UserError unless `folder` is new or empty, and not the current one."""
     try:
         is_taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-        is_current = folder.resolve() == Path.cwd()
+        is_current = os.path.realpath(folder) == os.getcwd()
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} cannot be written: {why(error)}; name another folder") from error
     if is_taken:

@@ -67,7 +67,7 @@ def read_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     Raises UserError if a file is missing or damaged, or if a tensor is not finite.
     """
     folder = Path(folder)
-    if not os.path.isfile(folder / CONFIG_FILE):  # Path.is_file raises OSError for a name that is too long
+    if not os.path.lexists(folder / CONFIG_FILE):  # Path.exists raises OSError for a name that is too long
         raise UserError(f"{folder} is not an adapter: {CONFIG_FILE} not found. Pass a run folder or an adapter folder")
     config = LoraConfig.from_pretrained(folder)
     path = folder / WEIGHTS_FILE

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import platform
 import shutil
 import typing
@@ -36,7 +37,7 @@ def check_outputs(run: Path, options: Options, new: bool) -> None:
     if new:
         refuse_to_overwrite(run)
     if options.merged_output is not None:
-        merged_dir, run_dir = Path(options.merged_output).resolve(), run.resolve()
+        merged_dir, run_dir = (Path(os.path.realpath(path)) for path in (options.merged_output, run))
         refuse_to_overwrite(merged_dir)
         if merged_dir in [run_dir, *run_dir.parents] or merged_dir in [run_dir / name for name in FILES]:
             raise UserError(f"--merged-output {options.merged_output} would overwrite the run in {run}. Choose another folder")

@@ -269,7 +269,10 @@ NASTY += [
 )
 def test_a_text_that_is_cut_has_the_same_tokens(tokenizer_file, monkeypatch, options):
     """Cut words, accents after the cut, [MASK] cut in two, words of over 100 characters, characters that are dropped."""
-    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    content = json.loads(tokenizer_file.read_text())
+    vocabulary = content["model"]["vocab"]
+    content["model"]["vocab"] = {token: id for token, id in vocabulary.items() if id < 3000}  # quicker
+    tokenizer = Tokenizer.from_str(json.dumps(content))
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.normalizer = BertNormalizer(**options)
@@ -310,7 +313,7 @@ def test_a_text_is_not_cut_where_the_effect_is_not_known(tokenizer_file, change)
 
 
 @pytest.mark.parametrize(
-    "text", ["word " * 200_000, "x" * 1_000_000, " " * 1_000_000, "e\u0301\u0301\u0301" * 200_000, "\x01" * 1_000_000]
+    "text", ["word " * 200_000, "x" * 200_000, " " * 200_000, "e\u0301\u0301\u0301" * 50_000, "\x01" * 200_000]
 )
 def test_the_tokenizer_never_sees_many_characters_at_once(tokenizer, monkeypatch, text):
     seen = []
@@ -331,7 +334,7 @@ def test_the_tokenizer_never_sees_many_characters_at_once(tokenizer, monkeypatch
     monkeypatch.setattr(long_texts, "WINDOW", 1 << 14)
     monkeypatch.setattr(long_texts, "words_at_risk", lambda _: original(tokenizer))
     ids = tokenize(spy, [text], 256).ids
-    assert max(seen) < 1 << 17
+    assert max(seen) < 1 << 15
     assert ids[0] == tokenizer.token_to_id("[CLS]")
     assert ids[-1] == tokenizer.token_to_id("[SEP]")
     assert len(ids) == {"w": 256, " ": 2, "\x01": 2}.get(text[0], 3)
@@ -384,7 +387,7 @@ def test_a_whole_model_with_a_head_of_2_to_the_40_rows_is_refused(capsys, here):
     model = DistilBertForSequenceClassification(DistilBertConfig(dim=32, n_layers=1, n_heads=2, hidden_dim=64))
     save_pretrained(model, Tokenizer.from_file("base/tokenizer.json"), "whole")
     change_weights(here / "whole", lambda weights: weights.update({"classifier.weight": torch.zeros(2**40, 0)}))
-    assert "classifier.weight has the shape (1099511627776, 0)" in refusal(capsys, predict.main, "whole", "a text")
+    assert "1099511627776 are needed" in refusal(capsys, predict.main, "whole", "a text")
 
 
 def test_thousands_of_classes_are_refused_with_the_likely_reason(capsys, here):
