@@ -278,8 +278,8 @@ class Pipeline(Labelling):
     def label(self, texts: list[str]) -> Any:
         import numpy as np
 
-        answers = self.pipeline(texts, batch_size=BATCH, truncation=True, max_length=self.max_length)
-        scores: list[Any] = [{one["label"]: one["score"] for one in answer} for answer in answers]
+        answers: Any = self.pipeline(texts, batch_size=BATCH, truncation=True, max_length=self.max_length)
+        scores = [{one["label"]: one["score"] for one in answer} for answer in answers]
         return np.array([[row[name] for name in self.names] for row in scores])
 
 
