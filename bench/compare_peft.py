@@ -364,9 +364,9 @@ def main() -> None:
     for name, part in result.items():
         speed = {"training": "examples/s", "inference": "texts/s"}.get(name)
         print(f"\n### {name}\n\n{table(part, speed)}")
-    before = json.loads(options.output.read_text()) if options.only and options.output.exists() else {}
-    new = {name: {"circumstances": about} | part for name, part in result.items()}
-    options.output.write_text(json.dumps(before | new, indent=2) + "\n")
+    measured = json.loads(options.output.read_text()) if options.only and options.output.exists() else {}
+    measured |= {name: {"circumstances": about} | part for name, part in result.items()}
+    options.output.write_text(json.dumps(measured, indent=2) + "\n")
 
 
 if __name__ == "__main__":
