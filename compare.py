@@ -16,8 +16,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError, run_cli
+from common.errors import Stopped, UserError, run_cli
 from common.files import read_json, refuse_to_overwrite
+from training.checkpoint import Signals
 from training.options import LEARNING_RATES, LORA_OPTIONS, Options, flag, parse
 
 REFUSED = ("method", "resume", "merged_output")  # options of train.py that make no sense for three runs
@@ -33,12 +34,13 @@ def run(arguments: list[str] | None) -> None:
     folder = Path(typed.pop("output_dir", f"runs/{datetime.now():%Y-%m-%d-%H%M%S}-compare"))
     refuse_to_overwrite(folder)
     rows = []
-    for method in LEARNING_RATES:
-        options = {name: value for name, value in typed.items() if method == "lora" or name not in LORA_OPTIONS}
-        results = train(options | {"method": method, "output_dir": str(folder / method), "quiet": True})
-        # If the first run fell back to the embedded model or data, the others must use the same.
-        typed |= {"model": results["model"], "dataset": results["dataset"]}
-        rows.append(row(method, folder / method, results))
+    with Signals(folder):
+        for method in LEARNING_RATES:
+            options = {name: value for name, value in typed.items() if method == "lora" or name not in LORA_OPTIONS}
+            results = train(options | {"method": method, "output_dir": str(folder / method), "quiet": True})
+            # If the first run fell back to the embedded model or data, the others must use the same.
+            typed |= {"model": results["model"], "dataset": results["dataset"]}
+            rows.append(row(method, folder / method, results))
     epochs = results["options"]["epochs"]
     examples = results["train"]["examples"] // epochs
     print(f"model {typed['model']}, data {typed['dataset']}: {examples:,} training examples, epochs: {epochs}")
@@ -52,7 +54,13 @@ def train(options: dict[str, Any]) -> dict[str, Any]:
         values = [] if value is True else value if isinstance(value, list) else [value]
         command += [flag(name), *map(str, values)]
     print(f"--method {options['method']}", file=sys.stderr)
-    if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        try:
+            process.wait()
+        except Stopped:
+            process.terminate()  # leaving the block waits until it has written its checkpoint
+            raise
+    if process.returncode:
         raise UserError(f"train.py --method {options['method']} failed: its error is shown above")
     return read_json(Path(options["output_dir"]) / "results.json")
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from common.errors import UserError, run_cli
 from common.files import write_file
+from training.artifacts import refuse_own_files
 from training.options import Parser
 
 
@@ -28,14 +29,16 @@ def run(arguments: list[str] | None) -> None:
         from reporting.sections import report_page
     except ModuleNotFoundError as error:
         raise UserError(f"report.py needs {error.name}: pip install -e '.[report]'") from error
-    page = report_page(options.folder, options.against)
     output = options.output or options.folder / "report.html"
+    for folder in filter(None, [options.folder, options.against]):
+        refuse_own_files(output, folder, "--output")
+    page = report_page(options.folder, options.against)
     write_file(output, page.encode(errors="replace"))
     print(f"saved {output}")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return run_cli("report.py", lambda: run(arguments))
+    return run_cli("report.py", lambda: run(arguments), needs_output=False)  # its answer is the page
 
 
 if __name__ == "__main__":

@@ -30,9 +30,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.errors import run_cli
-from common.files import make_folder
 from data import micro_batches, training_batches
 from lora import get_peft_model, print_trainable_parameters
+from lora.files import make_folder
 from training.artifacts import Metrics, check_outputs, save_run, summary
 from training.checkpoint import Checkpoint, Checkpoints, Signals, fingerprint, read_newest, trained_parameters
 from training.device import DTYPES, cast_frozen_matrices, choose_device, choose_dtype, peak_memory_mb
@@ -108,7 +108,7 @@ def run(options: Options, checkpoint: Checkpoint | None = None) -> dict[str, Any
             "train": measured,
         }
         if processes.is_main:
-            save_run(folder, results, runner, inputs, options)
+            save_run(checkpoints, results, runner, inputs, options)
     return results
 
 
@@ -138,7 +138,7 @@ def train(
     resumed_step, seconds_before, losses = checkpoints.begin(model, optimizer)
     if resumed_step:
         print(f"continuing after step {resumed_step} of {steps}")
-    metrics = Metrics(checkpoints.run, resumed_step, options.tensorboard and processes.is_main)
+    metrics = Metrics(checkpoints, resumed_step, options.tensorboard and processes.is_main)
     started = time.perf_counter() - seconds_before
     model.train()
 

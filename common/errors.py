@@ -77,6 +77,8 @@ def run_cli(program: str, run: Callable[[], object], needs_output: bool = True) 
     sys.stdout = output = Output(sys.stdout, needs_output)
     sys.stderr = Output(sys.stderr, needed=False)
     try:
+        if needs_output and streams[0] is None:
+            raise UserError("standard output is closed, so there is no place for the answer. Send it to a file")
         run()
         output.flush()
         if output.error:

@@ -1,17 +1,31 @@
 """The disk: files read with a clear error, and written whole or not at all."""
+# ruff: noqa: F401 - some of the names of lora.files are imported for the other folders
 
 import contextlib
 import hashlib
 import os
-import tempfile
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from safetensors import SafetensorError
-
 from common.errors import UserError
-from lora.files import flush, make_folder, read_bytes, read_header, read_json, read_safetensors, why, write_file  # noqa: F401
+from lora.files import (
+    PARTIAL,
+    flush,
+    partial_name,
+    partials_of,
+    read_bytes,
+    read_header,
+    read_json,
+    read_safetensors,
+    resolve,
+    write_file,
+    writing,
+)
+
+with contextlib.suppress(ImportError):  # Windows
+    import fcntl
 
 
 def sha256_of_file(path: Path) -> str:
@@ -26,25 +40,40 @@ def sha256_of_file(path: Path) -> str:
 def new_folder(folder: Path | str) -> Iterator[Path]:
     """Write a folder whole or not at all: the block fills a temporary sibling, which is then flushed to disk and renamed.
 
-    `folder` must be new or empty. If the block raises, nothing is left behind.
+    A link is followed. An empty folder is replaced, and keeps its permissions. One with the same files already stays as it is,
+    because a resumed run writes again what it wrote before it was killed. Any other is refused with a UserError. If the block
+    raises, nothing is left behind. What a killed process left behind, the next one removes.
     """
-    folder = Path(folder)
-    refuse_to_overwrite(folder)
-    prefix = f".{folder.name[:40]}."  # names have a limit
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=prefix, dir=folder.parent, ignore_cleanup_errors=True) as name:
-            temporary = Path(name)
-            yield temporary
-            umask = os.umask(0)  # the only way to read it is to set it
-            os.umask(umask)
-            for path in [*temporary.rglob("*"), temporary]:
-                path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)  # the temporary folder is private
-                flush(path)
-            os.replace(temporary, folder)
-            flush(folder.parent)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder} cannot be written: {getattr(error, 'strerror', None) or error}") from error
+    final = resolve(folder)
+    temporary = partial_name(final)
+    with writing(folder):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        for path in partials_of(final):
+            with contextlib.suppress(OSError, UserError), locked(path):  # not if its process lives
+                shutil.rmtree(path)
+        temporary.mkdir()
+        try:
+            with locked(temporary):
+                if final.is_dir():
+                    shutil.copystat(final, temporary)
+                    with contextlib.suppress(OSError):  # of another group than our own
+                        shutil.chown(temporary, group=final.stat().st_gid)
+                yield temporary
+                for path in [*temporary.rglob("*"), temporary]:
+                    flush(path)
+                if contents(final) != contents(temporary) or not any(temporary.iterdir()):
+                    refuse_to_overwrite(final)
+                    os.replace(temporary, final)
+                    flush(final.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def contents(folder: Path) -> dict[Path, str | bool]:
+    """Each file in a folder, with its sha256."""
+    return {
+        file.relative_to(folder): file.is_file() and sha256_of_file(file) for file in folder.rglob("*") if not file.is_dir()
+    }
 
 
 @contextlib.contextmanager
@@ -53,45 +82,58 @@ def new_file(path: Path) -> Iterator[TextIO]:
 
     Half a character, which has no UTF-8, is written as an escape such as \\ud800.
     """
-    try:
-        path = path.resolve()  # not the link, but what it points to
-        if path.exists() and not path.is_file():
-            raise UserError(f"{path} is not a file: name another one")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be written: {why(error)}") from error
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        with open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-            yield file
-        flush(temporary)
-        os.replace(temporary, path)
-        flush(path.parent)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {why(error)}") from error
-    finally:
-        with contextlib.suppress(OSError):  # already renamed, or never written
-            temporary.unlink()
+    path = resolve(path)  # not the link, but what it points to
+    if os.path.lexists(path) and not path.is_file():
+        raise UserError(f"{path} is not a file: name another one")
+    temporary = partial_name(path)
+    with writing(path):
+        try:
+            with open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+                yield file
+            flush(temporary)
+            os.replace(temporary, path)
+            flush(path.parent)
+        finally:
+            with contextlib.suppress(OSError):  # already renamed, or never written
+                temporary.unlink()
 
 
 def refuse_to_overwrite(folder: Path) -> None:
     """Raises UserError unless `folder` is new or empty, and not the current one."""
-    try:
-        is_taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-        is_current = os.path.realpath(folder) == os.getcwd()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} cannot be written: {why(error)}; name another folder") from error
-    if is_taken:
-        raise UserError(f"{folder} exists and is not an empty folder: name another folder, or move it away")
-    if is_current:
+    with writing(folder):
+        if not is_empty(folder):
+            raise UserError(f"{folder} exists and is not an empty folder: name another folder, or move it away")
+    if resolve(folder) == Path.cwd():
         raise UserError(f"{folder} is the current folder: name another folder")
+
+
+def is_empty(path: Path) -> bool:
+    """Whether nothing is there, or a folder without files. A temporary file that a killed process left does not count."""
+    if path.is_dir():
+        return all(map(is_empty, path.iterdir()))
+    return not os.path.lexists(path) or PARTIAL.fullmatch(path.name) is not None
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[int | None]:
+    """Lock a folder, and give its handle. Raises UserError if another process has locked it."""
+    handle = None
+    try:
+        with contextlib.suppress(OSError):  # Windows and some network file systems have no locks
+            handle = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(f"another process uses the run folder {folder}. Wait for it, or end it") from error
+        yield handle
+    finally:
+        if handle is not None:
+            os.close(handle)
 
 
 def append_line(path: Path, line: str) -> None:
     """Append a line to a file, and flush it to disk."""
-    try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+    with writing(path), open(path, "a", encoding="utf-8") as file:
+        file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())

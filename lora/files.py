@@ -1,8 +1,10 @@
 """Read JSON and safetensors files with clear errors, and write files whole or not at all."""
 
 import contextlib
+import glob
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,32 +97,68 @@ def find_folder(model_id: str | Path, hub: dict[str, Any], files: tuple[str, ...
         raise UserError(f"{model_id} is not a folder, and the hub does not give it: {reason}") from error
 
 
+@contextlib.contextmanager
+def writing(path: Path | str) -> Iterator[None]:
+    """In this block, an error of the system is a UserError that says that `path` cannot be written, and why."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be written: {why(error)}") from error
+
+
 def make_folder(folder: Path | str) -> Path:
     """Create a folder, and its parents, if it does not exist. Raises UserError if that fails."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} cannot be written: {why(error)}") from error
+    with writing(folder):
+        resolve(folder).mkdir(parents=True, exist_ok=True)
     return Path(folder)
 
 
 def write_file(path: Path, content: bytes) -> None:
     """Write a file whole or not at all: to a temporary file beside it, flushed to disk, then renamed.
 
-    Creates the file's folder but not the folders above: if those are gone, something is wrong. Raises UserError.
+    A link is followed, and a file that is replaced keeps its permissions. A device or a pipe is written to as it is. Creates
+    the file's folder but not the folders above: if those are gone, something is wrong. Raises UserError.
     """
-    temporary = path.with_name(f".{path.name}.partial")
+    file, mode = resolve(path), None
+    temporary = partial_name(file)
+    with writing(path):
+        with contextlib.suppress(FileNotFoundError):
+            mode = path.stat().st_mode
+        if mode is not None and not stat.S_ISREG(mode):
+            path.write_bytes(content)
+            return
+        try:
+            file.parent.mkdir(exist_ok=True)
+            temporary.write_bytes(content)
+            if mode is not None:
+                temporary.chmod(stat.S_IMODE(mode))
+            flush(temporary)
+            os.replace(temporary, file)
+            flush(file.parent)
+        finally:
+            with contextlib.suppress(OSError):  # already renamed, or never written
+                temporary.unlink()
+
+
+PARTIAL = re.compile(r"\..*\.[0-9a-f]{8}\.partial")
+
+
+def partial_name(path: Path) -> Path:
+    """A new name beside `path`: .NAME.1f3a9c02.partial. (NAME is cut, because names have a limit.)"""
+    return path.with_name(f".{path.name[:40]}.{os.urandom(4).hex()}.partial")
+
+
+def partials_of(path: Path) -> list[Path]:
+    """The temporary files and folders of processes that are writing `path`, or were killed while they wrote it."""
+    return [other for other in path.parent.glob(f".{glob.escape(path.name[:40])}.*") if PARTIAL.fullmatch(other.name)]
+
+
+def resolve(path: Path | str) -> Path:
+    """The absolute path, links followed. Raises UserError for an impossible name, with a NUL in it for example."""
     try:
-        path.parent.mkdir(exist_ok=True)
-        temporary.write_bytes(content)
-        flush(temporary)
-        os.replace(temporary, path)
-        flush(path.parent)
+        return Path(os.path.realpath(path))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be written: {why(error)}") from error
-    finally:
-        with contextlib.suppress(OSError, ValueError):  # already renamed, or never written
-            temporary.unlink()
+        raise UserError(f"{path!r} is not a path ({error}). Choose another name") from error
 
 
 def flush(path: Path) -> None:
@@ -134,6 +172,6 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def why(error: OSError | ValueError) -> str:
+def why(error: Exception) -> str:
     """The reason for an error in words: the system's, or Python's for an impossible name (with a NUL in it, for example)."""
     return getattr(error, "strerror", None) or str(error)

@@ -12,5 +12,6 @@ from model.pretrained import (
     resolve_revision,
     save_pretrained,
     weights_sha256,
+    write_model,
     write_tokenizer,
 )

@@ -133,6 +133,18 @@ def save_pretrained(
     `max_length`: tokens per text, as in training [as many as the model reads]. Raises UserError if `folder` exists and is not
     empty, or cannot be written.
     """
+    with new_folder(folder) as new:
+        write_model(classifier, tokenizer, new, label_names, max_length)
+
+
+def write_model(
+    classifier: DistilBertForSequenceClassification,
+    tokenizer: Tokenizer,
+    folder: Path,
+    label_names: list[str] | None = None,
+    max_length: int | None = None,
+) -> None:
+    """The files of `save_pretrained`, into a folder that exists."""
     names = label_names or [f"LABEL_{i}" for i in range(classifier.config.num_labels)]
     config = asdict(classifier.config) | {
         "model_type": "distilbert",
@@ -143,10 +155,9 @@ def save_pretrained(
     }
     del config["num_labels"]  # transformers counts id2label
     weights = {key: tensor.detach().float().cpu().contiguous() for key, tensor in classifier.state_dict().items()}
-    with new_folder(folder) as new:
-        (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        safetensors.torch.save_file(weights, new / "model.safetensors", metadata={"format": "pt"})
-        write_tokenizer(tokenizer, max_length or classifier.config.max_position_embeddings, new)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "model.safetensors").write_bytes(safetensors.torch.save(weights, metadata={"format": "pt"}))
+    write_tokenizer(tokenizer, max_length or classifier.config.max_position_embeddings, folder)
 
 
 def write_tokenizer(tokenizer: Tokenizer, max_length: int, folder: Path) -> None:

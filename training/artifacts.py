@@ -1,10 +1,10 @@
 """What a run leaves in its folder: metrics while it trains; at the end an adapter or a model, its card, and results.json."""
 
+import contextlib
 import dataclasses
 import json
-import os
 import platform
-import shutil
+import threading
 import typing
 from importlib.metadata import version
 from pathlib import Path
@@ -14,11 +14,12 @@ import torch
 from torch import nn
 
 from common.errors import UserError
-from common.files import append_line, new_folder, refuse_to_overwrite, write_file
+from common.files import append_line, new_folder, refuse_to_overwrite, resolve, write_file, writing
 from data import evaluation_batches
 from lora import PeftModel, count_parameters
-from model import DistilBertForSequenceClassification, load_pretrained, save_pretrained, write_tokenizer
+from model import DistilBertForSequenceClassification, load_pretrained, save_pretrained, write_model, write_tokenizer
 from training.checkpoint import FOLDER as CHECKPOINTS
+from training.checkpoint import Checkpoints, own_files
 from training.device import cast_frozen_matrices, dtype_name
 from training.evaluation import ModelRunner
 from training.loading import Inputs
@@ -37,30 +38,54 @@ def check_outputs(run: Path, options: Options, new: bool) -> None:
     if new:
         refuse_to_overwrite(run)
     if options.merged_output is not None:
-        merged_dir, run_dir = (Path(os.path.realpath(path)) for path in (options.merged_output, run))
-        refuse_to_overwrite(merged_dir)
-        if merged_dir in [run_dir, *run_dir.parents] or merged_dir in [run_dir / name for name in FILES]:
-            raise UserError(f"--merged-output {options.merged_output} would overwrite the run in {run}. Choose another folder")
-        with new_folder(merged_dir):  # if this fails, it fails now and not after hours of training
-            pass
+        merged_dir = resolve(options.merged_output)
+        refuse_own_files(merged_dir, run, "--merged-output")
+        was_saving = (run / "adapter").exists() and merged_dir.is_dir()  # then it may be this run's: save_run will see
+        if not was_saving:
+            with new_folder(merged_dir):  # if this fails, it fails now and not after hours of training
+                pass
+
+
+def refuse_own_files(path: Path, run: Path, option: str) -> None:
+    """Raises UserError if `path` is the folder of the run, contains it, or is or lies in something that the run writes."""
+    path, run = resolve(path), resolve(run)
+    own = [resolve(run / name) for name in FILES]
+    if path in [run, *run.parents] or any(file in [path, *path.parents] for file in own):
+        raise UserError(f"{option} {path} would overwrite files of the run in {run}. Choose another name")
 
 
 class Metrics:
     """Writes metrics.jsonl, one line at a time, and the same to TensorBoard if asked, from after `step` on.
 
-    Raises UserError if TensorBoard is asked for and not installed.
+    Lines after `step`, of a run that is resumed, are removed. Raises UserError if one of the lines is damaged, or a file cannot
+    be written, or TensorBoard is asked for and not installed.
     """
 
-    def __init__(self, run: Path, step: int, tensorboard: bool):
-        self.path = run / "metrics.jsonl"
-        self.events = summary_writer()(str(run / EVENTS), purge_step=step + 1) if tensorboard else None
+    def __init__(self, checkpoints: Checkpoints, step: int, tensorboard: bool):
+        self.checkpoints = checkpoints
+        if checkpoints.write and step:
+            self.cut(checkpoints.path("metrics.jsonl"), step)
+        with writing(checkpoints.run / EVENTS):
+            folder = str(checkpoints.run / EVENTS)
+            self.events = summary_writer()(folder, purge_step=step + 1) if tensorboard else None
+
+    def cut(self, path: Path, step: int) -> None:
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        kept = []
+        for number, line in enumerate(lines, 1):
+            try:
+                kept += [line] if line.endswith(b"\n") and json.loads(line)["step"] <= step else []  # the last may be cut short
+            except (ValueError, TypeError, KeyError) as error:
+                raise UserError(f"{path}, line {number}: not a line of metrics. Remove the line, then resume") from error
+        write_file(path, b"".join(kept))
 
     def write(self, step: int, **values: float) -> None:
-        append_line(self.path, json.dumps({"step": step, **values}))
+        append_line(self.checkpoints.path("metrics.jsonl"), json.dumps({"step": step, **values}))
         if self.events is not None:
-            for name, value in values.items():
-                self.events.add_scalar(name, value, step)
-            self.events.flush()
+            with writing(self.checkpoints.run / EVENTS):
+                for name, value in values.items():
+                    self.events.add_scalar(name, value, step)
+                self.events.flush()
 
 
 def summary_writer() -> Any:
@@ -68,6 +93,9 @@ def summary_writer() -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UserError("--tensorboard needs another package. Install it: pip install -e '.[tensorboard]'") from error
+    show = threading.excepthook
+    # it writes in a thread of its own, whose errors it shows, and raises once more in ours
+    threading.excepthook = lambda error: None if isinstance(error.exc_value, OSError) else show(error)
     return SummaryWriter
 
 
@@ -90,15 +118,19 @@ def summary(options: Options, inputs: Inputs, runner: ModelRunner) -> dict[str, 
     }
 
 
-def save_run(run: Path, results: dict[str, Any], runner: ModelRunner, inputs: Inputs, options: Options) -> None:
+def save_run(checkpoints: Checkpoints, results: dict[str, Any], runner: ModelRunner, inputs: Inputs, options: Options) -> None:
     """Save what was trained. results.json is written last: it marks the run as ended."""
-    folder, difference = save_trained(run, results, runner, inputs)
+    run = checkpoints.run
+    folder, difference = save_trained(checkpoints, results, runner, inputs)
     if options.merged_output is not None:
         merged = inputs.load_base()  # in float32, so that merging rounds as little as possible
         PeftModel.from_pretrained(merged, folder).merge_and_unload()
         save_pretrained(merged, inputs.tokenizer, options.merged_output, inputs.label_names, options.max_length)
-    write_file(run / "results.json", json.dumps(results, indent=2).encode() + b"\n")
-    shutil.rmtree(run / CHECKPOINTS, ignore_errors=True)
+    write_file(checkpoints.path("results.json"), json.dumps(results, indent=2).encode() + b"\n")
+    with contextlib.suppress(OSError, UserError):  # what others put there stays
+        for path in own_files(checkpoints.path(".")):
+            path.unlink()
+        (run / CHECKPOINTS).rmdir()
     equal = "equal logits" if difference == 0 else f"logits equal to within {difference:.0e}"
     print(f"saved {run}/results.json, metrics.jsonl and {folder.name} (reloaded: {equal})")
     if options.merged_output is not None:
@@ -107,14 +139,14 @@ def save_run(run: Path, results: dict[str, Any], runner: ModelRunner, inputs: In
         print(inputs.notice)
 
 
-def save_trained(run: Path, results: dict[str, Any], runner: ModelRunner, inputs: Inputs) -> tuple[Path, float]:
+def save_trained(checkpoints: Checkpoints, results: dict[str, Any], runner: ModelRunner, inputs: Inputs) -> tuple[Path, float]:
     """Write RUN/adapter, or RUN/model if every weight was trained, with its card. Then load it and compare the logits.
 
     Returns the folder, and the largest difference of a logit.
     """
     model = typing.cast(DistilBertForSequenceClassification | PeftModel, runner.model)
     max_length = results["options"]["max_length"]
-    folder = run / ("adapter" if isinstance(model, PeftModel) else "model")
+    folder = checkpoints.path("adapter" if isinstance(model, PeftModel) else "model")
     with new_folder(folder) as new:
         if isinstance(model, PeftModel):
             model.save_pretrained(new)
@@ -123,7 +155,7 @@ def save_trained(run: Path, results: dict[str, Any], runner: ModelRunner, inputs
             # trainable, so that A and B stay float32 as in `model`
             reloaded: nn.Module = PeftModel.from_pretrained(inputs.load_base(), new, is_trainable=True)
         else:
-            save_pretrained(model, inputs.tokenizer, new, inputs.label_names, max_length)
+            write_model(model, inputs.tokenizer, new, inputs.label_names, max_length)
             reloaded = load_pretrained(str(new), len(inputs.label_names))[0]
         (new / "README.md").write_text(model_card(results), encoding="utf-8")
         cast_frozen_matrices(reloaded.to(runner.device), runner.dtype)

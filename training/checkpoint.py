@@ -11,10 +11,9 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
+import re
 import signal
 import time
-import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,15 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import Stopped, UserError
-from common.files import read_bytes, read_safetensors, write_file
+from common.files import PARTIAL, locked, partials_of, read_safetensors, refuse_to_overwrite, write_file, writing
 from training.options import Options, flag
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
-FOLDER = "checkpoints"
+FOLDER, NAME = "checkpoints", re.compile(r"step-\d{8}\.safetensors")
 KEEP = 2
 ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")  # of torch.optim.AdamW, for each parameter
 INTERVAL = 30.0  # seconds between two checkpoints without --checkpoint-every ...
@@ -109,11 +103,10 @@ class Checkpoints:
     `begin` locks the run's folder for as long as this object, or the process, lives.
     """
 
-    def __init__(
-        self, run: Path, every: int | None, provenance: dict[str, Any], write: bool, resume_from: Checkpoint | None = None
-    ):
+    def __init__(self, run: Path, every: int | None, provenance: dict, write: bool, resume_from: Checkpoint | None = None):
         self.run, self.every, self.provenance, self.write, self.resume_from = run, every, provenance, write, resume_from
         self.cost, self.last = 0.0, time.monotonic()
+        self.handle: int | None = None
 
     def due(self, step: int) -> bool:
         if self.every is not None:
@@ -128,7 +121,7 @@ class Checkpoints:
         tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state_tensors(model, optimizer).items()}
         state = json.dumps({"step": step, "seconds": seconds, "losses": losses, **self.provenance})
         content = safetensors.torch.save(tensors, metadata={"state": state, "sha256": sha256(state, tensors)})
-        write_file(self.run / FOLDER / f"step-{step:08}.safetensors", content)
+        write_file(self.path(FOLDER) / f"step-{step:08}.safetensors", content)
         for old in newest_first(self.run)[KEEP:]:
             with contextlib.suppress(OSError):
                 old.unlink()
@@ -148,40 +141,29 @@ class Checkpoints:
         self.clean(self.resume_from.step)
         return self.resume_from.step, self.resume_from.seconds, list(self.resume_from.losses)
 
+    def path(self, name: str) -> Path:
+        """Where to write a file of the run. Raises UserError if its folder is no longer the one that was locked."""
+        with writing(self.run):
+            if self.handle is not None and not os.path.samestat(os.fstat(self.handle), self.run.stat()):
+                raise OSError(0, "its folder was removed, and this is another one. Start the run again elsewhere")
+        return self.run / name
+
     def clean(self, step: int) -> None:
-        """Lock the run's folder, and remove what the run wrote after `step`: lines of metrics, checkpoints and results."""
+        """Lock the run's folder, and remove the checkpoints after `step` and what a killed process left of a file."""
         if not self.write:
             return
-        self.lock()
+        self.locked = locked(self.run)  # for as long as this object lives
+        self.handle = self.locked.__enter__()
         if (self.run / "results.json").exists():
             raise UserError(f"another run has ended in {self.run} since this one began. Choose another folder")
-        later = [path for path in newest_first(self.run) if path.stem > f"step-{step:08}"]
-        metrics = self.run / "metrics.jsonl"
+        if self.resume_from is None and step == 0:
+            refuse_to_overwrite(self.run)
         try:
-            results = [path for name in ("adapter", "model") for path in (*self.run.glob(f".{name}.*"), self.run / name)]
-            for path in [*self.run.rglob(".*.partial"), *results, *later]:
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-            lines = read_bytes(metrics).splitlines(keepends=True) if metrics.exists() else []
+            for path in own_files(self.run):
+                if path.suffix == ".partial" or path.stem > f"step-{step:08}":
+                    path.unlink()
         except OSError as error:
             raise UserError(f"{error.filename} cannot be removed ({error.strerror}). Move it out of the run folder") from error
-        kept = []
-        for number, line in enumerate(lines, 1):
-            try:
-                kept += [line] if line.endswith(b"\n") and json.loads(line)["step"] <= step else []  # the last may be cut short
-            except (ValueError, TypeError, KeyError, RecursionError) as error:
-                raise UserError(f"{metrics}, line {number}: not a line of metrics. Remove the line, then resume") from error
-        write_file(metrics, b"".join(kept))
-
-    def lock(self) -> None:
-        if fcntl is None:
-            return
-        with contextlib.suppress(OSError):  # some network file systems have no locks
-            handle = os.open(self.run, os.O_RDONLY)
-            weakref.finalize(self, os.close, handle)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(f"another process uses the run folder {self.run}. Wait for it, or end it") from error
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -200,20 +182,35 @@ def read_newest(run: Path) -> Checkpoint:
 
     Raises UserError if the run has ended, or has no undamaged checkpoint.
     """
+    paths = newest_first(run)
     if (run / "results.json").exists():
         raise UserError(f"the run in {run} has ended: results.json exists. There is nothing to resume")
-    if not (paths := newest_first(run)):
+    if not paths:
         raise UserError(f"{run} has no checkpoint to resume from. Start the run again")
     for path in paths:
         try:
             return _read(path)
         except UserError as error:
+            if not os.access(path, os.R_OK):
+                raise UserError(f"{path} cannot be read. Change its permissions, then resume") from error
             print(f"skipped: {error}")
-    raise UserError(f"no checkpoint in {run / FOLDER} can be used. Start the run again")
+    raise UserError(f"no checkpoint in {run / FOLDER} can be used. Start the run again, in another folder")
 
 
 def newest_first(run: Path) -> list[Path]:
-    return sorted((run / FOLDER).glob("step-*.safetensors"), reverse=True)
+    """The checkpoints of a run. Raises UserError if their folder cannot be read."""
+    try:
+        return sorted((path for path in (run / FOLDER).iterdir() if NAME.fullmatch(path.name)), reverse=True)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise UserError(f"{run / FOLDER} cannot be read: {error.strerror}. Change its permissions, then try again") from error
+
+
+def own_files(run: Path) -> list[Path]:
+    """The checkpoints, and what a killed process left of any file of the run."""
+    left = [path for path in (run / FOLDER).glob(".step-*") if PARTIAL.fullmatch(path.name)]
+    return [*newest_first(run), *left, *partials_of(run / "metrics.jsonl"), *partials_of(run / "results.json")]
 
 
 def _read(path: Path) -> Checkpoint:

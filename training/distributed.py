@@ -6,6 +6,7 @@ size. The sum over the processes is the gradient of the batch. So only the gradi
 """
 
 import os
+import re
 import sys
 import zlib
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 
 LOAD_TIMEOUT = timedelta(minutes=30)  # one process may have to download what the others have
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")  # of the environment
 STEP_TIMEOUT = timedelta(seconds=50)  # for a process that hangs; one that died is noticed at once
 
 
@@ -31,11 +33,29 @@ def explain_lost_process() -> Iterator[None]:
         raise UserError(f"another process died or does not answer ({error}). Its own message says why") from error
 
 
+def read_environment() -> tuple[int, int]:
+    """RANK and WORLD_SIZE. Without torchrun's variables 0 and 1. Raises UserError if one is missing, or they contradict."""
+    texts = {name: os.environ[name] for name in VARIABLES if name in os.environ}
+    if not texts.keys() - {"MASTER_ADDR", "MASTER_PORT"}:
+        return 0, 1
+    defaults = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": texts.get("WORLD_SIZE", "")}
+    numbers = {name: int(text) for name, text in (defaults | texts).items() if re.fullmatch("[0-9]{1,9}", text)}
+    rank, world_size, local_rank, local_world_size, port = (numbers.get(name, -1) for name in VARIABLES[:5])
+    can_meet = world_size == 1 or (0 < port < 1 << 16 and bool(texts.get("MASTER_ADDR")))
+    if 0 <= local_rank <= rank < world_size and local_rank < local_world_size <= world_size and can_meet:
+        return rank, world_size
+    said = ", ".join(f"{name} is {texts[name]!r}" if name in texts else f"{name} is missing" for name in VARIABLES)
+    raise UserError(f"torchrun's variables do not fit together: {said}. Start with torchrun, or unset all of them")
+
+
 class Distributed:
-    """This process: number `rank` of `world_size`. Without `torchrun` it is the only one, and the methods do nothing."""
+    """This process: number `rank` of `world_size`. Without `torchrun` it is the only one, and the methods do nothing.
+
+    Raises UserError if the environment is not what torchrun makes it.
+    """
 
     def __init__(self) -> None:
-        self.rank, self.world_size = (int(os.environ.get(name, default)) for name, default in [("RANK", 0), ("WORLD_SIZE", 1)])
+        self.rank, self.world_size = read_environment()
         self.group: Any = None
 
     @property
