@@ -1,5 +1,6 @@
 """The model card of a trained adapter or model: its README.md, with the header that the hub reads."""
 
+import json
 import os
 from typing import Any
 
@@ -24,7 +25,7 @@ EXPORT = """\
 # Once, with plain-lora: save the BERT encoder under DistilBERT's names, which the adapter uses.
 from model import load_pretrained, save_pretrained
 
-save_pretrained(*load_pretrained("{name}", num_labels={classes}), "base-as-distilbert")
+save_pretrained(*load_pretrained({name}, num_labels={classes}), "base-as-distilbert")
 
 """
 WITH_ADAPTER = """\
@@ -35,9 +36,9 @@ With peft:
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 names = {names}
-base = AutoModelForSequenceClassification.from_pretrained("{base}", id2label=names)
+base = AutoModelForSequenceClassification.from_pretrained({base}, id2label=names)
 model = PeftModel.from_pretrained(base, "THIS_FOLDER").merge_and_unload()
-print(pipeline("text-classification", model, tokenizer=AutoTokenizer.from_pretrained("{base}"))("a text"))
+print(pipeline("text-classification", model, tokenizer=AutoTokenizer.from_pretrained({base}))("a text"))
 ```
 """
 
@@ -47,7 +48,7 @@ def model_card(results: dict[str, Any]) -> str:
     options, before, after = results["options"], results["before"], results["after"]
     parameters, train = results["parameters"], results["train"]
     base, dataset = hub_id(results["model"]), hub_id(results["dataset"])
-    model, data = (os.path.basename(os.path.abspath(results[key])) for key in ("model", "dataset"))
+    model, data = (" ".join(os.path.basename(os.path.abspath(results[key])).split()) for key in ("model", "dataset"))
     method, is_adapter = options["method"], options["method"] != "full"
     title = f"{METHODS[method]} on {model} for {data}"
     measured = [("f1", "macro-F1", after["macro_f1"]), ("accuracy", "accuracy", after["accuracy"])]
@@ -98,9 +99,14 @@ def use_adapter(results: dict[str, Any], base: str | None) -> str:
     """Code that loads the adapter. Any other base than DistilBERT must be saved under DistilBERT's names first."""
     names = dict(enumerate(results["after"]["per_class_f1"]))
     if base is not None and "distilbert" in base.lower():
-        return WITH_ADAPTER.format(export="", base=base, names=names)
-    export = EXPORT.format(name=results["model"] if base else "BASE_MODEL", classes=len(names))
-    return WITH_ADAPTER.format(export=export, base="base-as-distilbert", names=names)
+        return WITH_ADAPTER.format(export="", base=quoted(base), names=names)
+    export = EXPORT.format(name=quoted(results["model"] if base else "BASE_MODEL"), classes=len(names))
+    return WITH_ADAPTER.format(export=export, base=quoted("base-as-distilbert"), names=names)
+
+
+def quoted(name: str) -> str:
+    """A string of Python, in double quotes."""
+    return json.dumps(name, ensure_ascii=False)
 
 
 def hub_id(name: str) -> str | None:

@@ -24,6 +24,7 @@ from common.errors import UserError
 from common.files import append_line
 from train import main
 from training import checkpoint
+from training.artifacts import Metrics
 from training.checkpoint import Checkpoints, newest_first, read_newest
 from training.options import Options
 
@@ -413,12 +414,13 @@ def test_a_damaged_line_of_metrics_is_named(stopped):
     metrics = stopped / "metrics.jsonl"
     whole = metrics.read_bytes()
     metrics.write_bytes(whole + b'{"step": 2')
-    Checkpoints(stopped, 1, {}, write=True).clean(22)
+    checkpoints = Checkpoints(stopped, 1, {}, write=True)
+    Metrics(checkpoints, 22, tensorboard=False)
     assert metrics.read_bytes() == whole
     for damaged in (b"{}\n", b"\0\0}\n", b"[]\n", b"\xff\n"):
         metrics.write_bytes(whole + damaged)
         with pytest.raises(UserError, match=rf"metrics.jsonl, line {1 + whole.count(bytes([10]))}: not a line of metrics"):
-            Checkpoints(stopped, 1, {}, write=True).clean(22)
+            Metrics(checkpoints, 22, tensorboard=False)
         assert metrics.read_bytes() == whole + damaged
 
 
@@ -458,7 +460,7 @@ def test_files_are_flushed_before_they_replace_others(tmp_path, monkeypatch):
         def noted(*arguments, **options):
             path = arguments[0]
             name = Path(f"/proc/self/fd/{path}").readlink().name if isinstance(path, int) else Path(path).name
-            happened.append((what, name))
+            happened.append((what, re.sub(r"\.[0-9a-f]{8}\.partial", ".partial", name)))
             return do(*arguments, **options)
 
         return noted
