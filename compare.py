@@ -10,6 +10,8 @@ uses its own default. The three run folders are kept in a new folder in runs/, o
 if __name__ == "__main__":
     import training.interrupt  # noqa: F401 - Ctrl-C during the imports below
 
+import contextlib
+import signal
 import subprocess
 import sys
 from datetime import datetime
@@ -57,8 +59,10 @@ def train(options: dict[str, Any]) -> dict[str, Any]:
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         try:
             process.wait()
-        except Stopped:
-            process.terminate()  # leaving the block waits until it has written its checkpoint
+        except Stopped as stopped:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10 if stopped.signal == signal.SIGINT else 0)  # Ctrl-C has reached it already
+            process.terminate()  # if it still runs; leaving the block waits for its checkpoint
             raise
     if process.returncode:
         raise UserError(f"train.py --method {options['method']} failed: its error is shown above")

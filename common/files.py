@@ -11,8 +11,8 @@ from typing import TextIO
 
 from common.errors import UserError
 from lora.files import (
-    PARTIAL,
     flush,
+    is_empty,
     partial_name,
     partials_of,
     read_bytes,
@@ -71,9 +71,7 @@ def new_folder(folder: Path | str) -> Iterator[Path]:
 
 def contents(folder: Path) -> dict[Path, str | bool]:
     """Each file in a folder, with its sha256."""
-    return {
-        file.relative_to(folder): file.is_file() and sha256_of_file(file) for file in folder.rglob("*") if not file.is_dir()
-    }
+    return {f.relative_to(folder): f.is_file() and sha256_of_file(f) for f in folder.rglob("*") if not f.is_dir()}
 
 
 @contextlib.contextmanager
@@ -105,13 +103,6 @@ def refuse_to_overwrite(folder: Path) -> None:
             raise UserError(f"{folder} exists and is not an empty folder: name another folder, or move it away")
     if resolve(folder) == Path.cwd():
         raise UserError(f"{folder} is the current folder: name another folder")
-
-
-def is_empty(path: Path) -> bool:
-    """Whether nothing is there, or a folder without files. A temporary file that a killed process left does not count."""
-    if path.is_dir():
-        return all(map(is_empty, path.iterdir()))
-    return not os.path.lexists(path) or PARTIAL.fullmatch(path.name) is not None
 
 
 @contextlib.contextmanager

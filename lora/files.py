@@ -153,6 +153,13 @@ def partials_of(path: Path) -> list[Path]:
     return [other for other in path.parent.glob(f".{glob.escape(path.name[:40])}.*") if PARTIAL.fullmatch(other.name)]
 
 
+def is_empty(path: Path) -> bool:
+    """Whether nothing is there, or a folder without files. A temporary file that a killed process left does not count."""
+    if path.is_dir():
+        return all(map(is_empty, path.iterdir()))
+    return not os.path.lexists(path) or PARTIAL.fullmatch(path.name) is not None
+
+
 def resolve(path: Path | str) -> Path:
     """The absolute path, links followed. Raises UserError for an impossible name, with a NUL in it for example."""
     try:

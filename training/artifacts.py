@@ -40,7 +40,7 @@ def check_outputs(run: Path, options: Options, new: bool) -> None:
     if options.merged_output is not None:
         merged_dir = resolve(options.merged_output)
         refuse_own_files(merged_dir, run, "--merged-output")
-        was_saving = (run / "adapter").exists() and merged_dir.is_dir()  # then it may be this run's: save_run will see
+        was_saving = not new and (run / "adapter").exists() and merged_dir.is_dir()  # maybe it is its own: save_run will see
         if not was_saving:
             with new_folder(merged_dir):  # if this fails, it fails now and not after hours of training
                 pass
@@ -63,21 +63,23 @@ class Metrics:
 
     def __init__(self, checkpoints: Checkpoints, step: int, tensorboard: bool):
         self.checkpoints = checkpoints
-        if checkpoints.write and step:
+        if checkpoints.write:
             self.cut(checkpoints.path("metrics.jsonl"), step)
         with writing(checkpoints.run / EVENTS):
             folder = str(checkpoints.run / EVENTS)
             self.events = summary_writer()(folder, purge_step=step + 1) if tensorboard else None
 
     def cut(self, path: Path, step: int) -> None:
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        with writing(path):
+            lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         kept = []
         for number, line in enumerate(lines, 1):
             try:
                 kept += [line] if line.endswith(b"\n") and json.loads(line)["step"] <= step else []  # the last may be cut short
             except (ValueError, TypeError, KeyError) as error:
                 raise UserError(f"{path}, line {number}: not a line of metrics. Remove the line, then resume") from error
-        write_file(path, b"".join(kept))
+        if kept != lines:
+            write_file(path, b"".join(kept))
 
     def write(self, step: int, **values: float) -> None:
         append_line(self.checkpoints.path("metrics.jsonl"), json.dumps({"step": step, **values}))

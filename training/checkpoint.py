@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import Stopped, UserError
-from common.files import PARTIAL, locked, partials_of, read_safetensors, refuse_to_overwrite, write_file, writing
+from common.files import locked, partials_of, read_safetensors, refuse_to_overwrite, write_file, writing
+from lora.files import PARTIAL
 from training.options import Options, flag
 
 FOLDER, NAME = "checkpoints", re.compile(r"step-\d{8}\.safetensors")

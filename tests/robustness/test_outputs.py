@@ -204,6 +204,13 @@ def test_a_resumed_run_removes_only_what_it_made(tmp_path):
     assert not any((tmp_path / name).exists() for name in own)
 
 
+def test_a_run_that_begins_again_from_its_first_checkpoint_has_no_metrics_twice(tmp_path):
+    checkpoints = checkpoints_of(tmp_path, 0)
+    Metrics(checkpoints, 0, tensorboard=False).write(10, loss=1.0)
+    Metrics(checkpoints, 0, tensorboard=False).write(10, loss=1.0)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 10, "loss": 1.0}\n'
+
+
 def test_a_run_does_not_write_into_another_that_took_its_place(tmp_path):
     run, layer = tmp_path / "run", torch.nn.Linear(2, 2)
     paused = checkpoints_of(run, 1, 2)
