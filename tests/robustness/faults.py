@@ -227,6 +227,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         root, whole = Path(temporary).resolve() / "place", Path(temporary) / "whole"
         prepare(whole)
+        shutil.copytree(whole, root)
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            train.main(scenarios(root)["lora"])  # imports what is imported late, once for all children
+        shutil.rmtree(root)
         for scenario, arguments in scenarios(root).items():
             begin = arguments if scenario != "resume" else scenarios(root)["lora"]
             shutil.copytree(whole, root)
