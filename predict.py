@@ -55,6 +55,10 @@ def run(arguments: list[str] | None) -> None:
         raise UserError("both texts and --input were given. Choose one of them")
     if not 0 <= options.threshold <= 1:
         raise UserError(f"--threshold is {options.threshold}. It must be between 0 and 1")
+    if options.output:
+        from training.artifacts import refuse_own_files  # here: it imports the hub's client
+
+        refuse_own_files(options.output, options.folder, "--output")
     if options.output and options.input:
         with contextlib.suppress(FileNotFoundError):
             if os.path.samefile(options.input, options.output):

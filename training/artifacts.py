@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from common.errors import UserError
-from common.files import append_line, new_folder, refuse_to_overwrite, resolve, write_file, writing
+from common.files import append_line, new_folder, read_bytes, refuse_to_overwrite, resolve, write_file, writing
 from data import evaluation_batches
 from lora import PeftModel, count_parameters
 from model import DistilBertForSequenceClassification, load_pretrained, save_pretrained, write_model, write_tokenizer
@@ -70,13 +70,12 @@ class Metrics:
             self.events = summary_writer()(folder, purge_step=step + 1) if tensorboard else None
 
     def cut(self, path: Path, step: int) -> None:
-        with writing(path):
-            lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        lines = read_bytes(path).splitlines(keepends=True) if path.exists() else []
         kept = []
         for number, line in enumerate(lines, 1):
             try:
                 kept += [line] if line.endswith(b"\n") and json.loads(line)["step"] <= step else []  # the last may be cut short
-            except (ValueError, TypeError, KeyError) as error:
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
                 raise UserError(f"{path}, line {number}: not a line of metrics. Remove the line, then resume") from error
         if kept != lines:
             write_file(path, b"".join(kept))

@@ -80,6 +80,14 @@ def test_a_report_does_not_overwrite_the_files_of_a_run(run, what, option, tmp_p
     assert files(run) == before
 
 
+def test_labels_do_not_overwrite_the_files_of_a_run(run, tmp_path, capsys):
+    (tmp_path / "texts.csv").write_text("text\na\n")
+    before = files(run)
+    assert predict.main([str(run), "--input", str(tmp_path / "texts.csv"), "--output", str(run / "metrics.jsonl")]) == 2
+    assert f"would overwrite files of the run in {run}" in capsys.readouterr().err
+    assert files(run) == before
+
+
 def test_an_output_path_that_is_a_loop_of_links_is_refused_and_kept(run, tmp_path, capsys):
     (tmp_path / "loop").symlink_to("loop")
     assert report.main([str(run), "--output", str(tmp_path / "loop")]) == 2
