@@ -165,7 +165,7 @@ def resolve(path: Path | str) -> Path:
     try:
         return Path(os.path.realpath(path))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path!r} is not a path ({error}). Choose another name") from error
+        raise UserError(f"{path} cannot be written: {why(error)}") from error
 
 
 def flush(path: Path) -> None:

@@ -258,7 +258,7 @@ def main() -> int:
                         return 1
                     counts[f"{kind}: {how}"] += 1
             shutil.rmtree(root)
-            print(f"{scenario}: {len(operations)} operations", flush=True)
+            print(f"{scenario}: {len(operations)} operations, {sum(counts.values())} faults so far", flush=True)
     for line, count in sorted(counts.items()):
         print(f"{count:6} {line}")
     print(f"{sum(counts.values())} faults, each resumed to the same result or was refused in one line")
