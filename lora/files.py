@@ -70,6 +70,8 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 @contextlib.contextmanager
 def _safetensors_errors(path: Path) -> Iterator[None]:
+    if not os.path.lexists(path):
+        raise UserError(f"{path} is missing. Weights are read from safetensors files only")
     check_regular(path)
     try:
         yield
