@@ -72,7 +72,7 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 @contextlib.contextmanager
 def _safetensors_errors(path: Path) -> Iterator[None]:
-    if not os.path.exists(path):
+    if not os.path.lexists(path):
         raise UserError(f"{path} is missing. Weights are read from safetensors files only")
     check_regular(path)
     try:

@@ -338,7 +338,7 @@ def _check_shapes(shapes: dict[str, tuple[int, ...]], config: DistilBertConfig, 
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}: it does not belong to its config.json")
     expected = dict(expected_shapes(config))
-    if types := shapes.get(TOKEN_TYPES):
+    if (types := shapes.get(TOKEN_TYPES)) is not None:
         if len(types) != 2 or not types[0] or types[1:] != shapes[POSITIONS][1:]:
             raise UserError(f"{path}: token types of shape {types} cannot be added to positions of shape {shapes[POSITIONS]}")
         expected[TOKEN_TYPES] = types
