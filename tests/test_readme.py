@@ -51,11 +51,11 @@ ADDED = {
     "python bench/": " --tiny --output {new}",
     "torchrun": f" {SHORT} {{new}} --dataset sample",
 }
-# Not run by test_every_command_runs. Installation: by the slow test below. `python train.py`: by conftest.py. break_it.py and
-# fuzz.py: by their own tests. soak.py and break_it.py --train take ten minutes and more. pip-audit needs a network, an upload
+# Not run by test_every_command_runs. Installation: by the slow test below. `python train.py`: by conftest.py. break_it.py,
+# faults.py and fuzz.py: by their own tests. soak.py and break_it.py --train take ten minutes and more. pip-audit needs a network, an upload
 # an account. `python -m tests.test_readme` writes into the README.
 ELSEWHERE = re.compile(
-    r"(pip install|git clone|hf upload|pytest|pip-audit|python tests/robustness/(break_it|fuzz|soak)\.py)\b.*"
+    r"(pip install|git clone|hf upload|pytest|pip-audit|python tests/robustness/(break_it|faults|fuzz|soak)\.py)\b.*"
     r"|python train\.py|python -m tests\.test_readme"
 )
 SLOW = ("python bench/", "torchrun", "python compare.py", "python train.py --model")
@@ -94,7 +94,7 @@ def place(tmp_path_factory, whole_run) -> Path:
     """Where a reader stands: a clone with a run, a folder of their own text, and a file to label."""
     folder = tmp_path_factory.mktemp("reader")
     for path in ROOT.iterdir():
-        if path.name not in (".git", "runs", "my", "tickets.csv", "new.csv", "labels.jsonl"):
+        if path.name not in (".git", "runs", "my", "tickets.csv", "new.csv", "news.csv", "labels.csv", "labels.jsonl"):
             (folder / path.name).symlink_to(path)
     (folder / "runs").mkdir()
     (folder / RUN).symlink_to(whole_run[0])
@@ -102,7 +102,8 @@ def place(tmp_path_factory, whole_run) -> Path:
     rows = "".join(f"my {kind} {i} is wrong,{kind}\n" for i in range(8) for kind in ("billing", "login"))
     for name in ("my/folder/train.csv", "my/folder/test.csv", "tickets.csv"):
         (folder / name).write_text("text,label\n" + rows)
-    (folder / "new.csv").write_text('text\nMy password is wrong\n"Refund me, please"\n')
+    for name in ("new.csv", "news.csv"):
+        (folder / name).write_text('text\nMy password is wrong\n"Refund me, please"\n')
     return folder
 
 

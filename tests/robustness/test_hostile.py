@@ -391,7 +391,7 @@ def test_a_whole_model_with_a_head_of_2_to_the_40_rows_is_refused(capsys, here):
 
 
 def test_thousands_of_classes_are_refused_with_the_likely_reason(capsys, here):
-    write_data(here / "data", [{"text": "a text", "label": number} for number in range(MOST_CLASSES + 1)])
+    write_data(here / "data", [{"text": "a text", "label": number} for number in [*range(MOST_CLASSES + 1)] * 2])
     message = refusal(capsys, train.main, *COMMAND, "--output-dir", "new")
     assert "data has 1,001 classes" in message
     assert "is another column the label?" in message
@@ -589,9 +589,9 @@ def test_an_output_path_that_is_a_loop_of_links_is_refused(capsys, here):
 
 @pytest.mark.parametrize("script", ["train.py", "predict.py"])
 def test_ctrl_c_during_the_imports_ends_with_one_line(script):
-    with subprocess.Popen(
-        [sys.executable, str(ROOT / script), "--help"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
+    command, pipe = [sys.executable, str(ROOT / script), "--help"], subprocess.PIPE
+    heeded = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 - also where this suite runs in the background
+    with subprocess.Popen(command, stderr=pipe, stdout=pipe, text=True, preexec_fn=heeded) as process:
         time.sleep(0.3)
         process.send_signal(signal.SIGINT)
         _, printed = process.communicate(timeout=60)
