@@ -4,8 +4,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # two workers on two cores: a thread for each, and for what it starts
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
+from filelock import FileLock
 from tokenizers import Tokenizer
 
 from model import DistilBertConfig, DistilBertForSequenceClassification, save_pretrained
@@ -33,13 +37,19 @@ def small_model(tmp_path_factory, tokenizer_file) -> Path:
 @pytest.fixture(scope="session")
 def whole_run(tmp_path_factory) -> tuple[Path, str]:
     """`python train.py` without a hub, on the embedded model and data: its folder and its output."""
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    where = ["--output-dir", str(folder), "--merged-output", str(folder.with_name("merged"))]
-    no_hub = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(folder.with_name("empty"))}
-    command = [sys.executable, "train.py", *where]
-    done = subprocess.run(command, cwd=ROOT, env=no_hub, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return folder, done.stdout
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent  # the first worker trains, the others wait
+    folder, printed = shared / "runs" / "whole", shared / "printed.txt"
+    with FileLock(shared / "whole_run.lock"):
+        if not printed.exists():
+            where = ["--output-dir", str(folder), "--merged-output", str(folder.with_name("merged"))]
+            no_hub = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(folder.with_name("empty"))}
+            command = [sys.executable, "train.py", *where]
+            done = subprocess.run(command, cwd=ROOT, env=no_hub, capture_output=True, text=True, timeout=600)
+            assert done.returncode == 0, done.stderr
+            printed.write_text(done.stdout)
+    return folder, printed.read_text()
 
 
 @pytest.fixture(scope="module")
