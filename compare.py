@@ -20,8 +20,8 @@ from typing import Any
 
 from common.errors import Stopped, UserError, run_cli
 from common.files import read_json, refuse_to_overwrite
-from training.checkpoint import Signals
 from training.options import LEARNING_RATES, LORA_OPTIONS, Options, flag, parse
+from training.signals import Signals
 
 REFUSED = ("method", "resume", "merged_output")  # options of train.py that make no sense for three runs
 COLUMNS = ("method", "trained parameters", "of all", "optimizer, MB", "saved, MB", "peak memory, MB", "seconds", "macro-F1")

@@ -34,7 +34,7 @@ from data import micro_batches, training_batches
 from lora import get_peft_model, print_trainable_parameters
 from lora.files import make_folder
 from training.artifacts import Metrics, check_outputs, save_run, summary
-from training.checkpoint import Checkpoint, Checkpoints, Signals, fingerprint, read_newest, trained_parameters
+from training.checkpoint import Checkpoint, Checkpoints, fingerprint, read_newest, trained_parameters
 from training.device import DTYPES, cast_frozen_matrices, choose_device, choose_dtype, peak_memory_mb
 from training.distributed import Distributed
 from training.evaluation import Examples, ModelRunner, evaluate, f1_per_class, macro_f1, progress_bar, scores
@@ -43,6 +43,7 @@ from training.loading import load_inputs
 from training.optimizer import lr_multiplier, parameter_groups
 from training.options import Options, parse
 from training.sanity_checks import frozen_sha256, lora_checks, refuse_not_finite
+from training.signals import Signals
 
 LOG_EVERY = 10  # steps
 

@@ -2,30 +2,22 @@
 # ruff: noqa: F401 - some of the names of lora.files are imported for the other folders
 
 import contextlib
+import glob
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
 from common.errors import UserError
-from lora.files import (
-    flush,
-    is_empty,
-    partial_name,
-    partials_of,
-    read_bytes,
-    read_header,
-    read_json,
-    read_safetensors,
-    resolve,
-    write_file,
-    writing,
-)
+from lora.files import flush, partial_name, read_bytes, read_json, read_safetensors, replacing, resolve, write_file, writing
 
 with contextlib.suppress(ImportError):  # Windows
     import fcntl
+
+PARTIAL = re.compile(r"\..*\.[0-9a-f]{8}\.partial")  # what lora.files.partial_name gives
 
 
 def sha256_of_file(path: Path) -> str:
@@ -83,17 +75,20 @@ def new_file(path: Path) -> Iterator[TextIO]:
     path = resolve(path)  # not the link, but what it points to
     if os.path.lexists(path) and not path.is_file():
         raise UserError(f"{path} is not a file: name another one")
-    temporary = partial_name(path)
-    with writing(path):
-        try:
-            with open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-                yield file
-            flush(temporary)
-            os.replace(temporary, path)
-            flush(path.parent)
-        finally:
-            with contextlib.suppress(OSError):  # already renamed, or never written
-                temporary.unlink()
+    with writing(path), replacing(path) as temporary, temporary.open("w", -1, "utf-8", "backslashreplace", "") as file:
+        yield file
+
+
+def partials_of(path: Path) -> list[Path]:
+    """The temporary files and folders of processes that are writing `path`, or were killed while they wrote it."""
+    return [other for other in path.parent.glob(f".{glob.escape(path.name[:40])}.*") if PARTIAL.fullmatch(other.name)]
+
+
+def is_empty(path: Path) -> bool:
+    """Whether nothing is there, or a folder without files. A temporary file that a killed process left does not count."""
+    if path.is_dir():
+        return all(map(is_empty, path.iterdir()))
+    return not os.path.lexists(path) or PARTIAL.fullmatch(path.name) is not None
 
 
 def refuse_to_overwrite(folder: Path) -> None:
@@ -109,17 +104,15 @@ def refuse_to_overwrite(folder: Path) -> None:
 def locked(folder: Path) -> Iterator[int | None]:
     """Lock a folder, and give its handle. Raises UserError if another process has locked it."""
     handle = None
-    try:
+    with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):  # Windows and some network file systems have no locks
             handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise UserError(f"another process uses the run folder {folder}. Wait for it, or end it") from error
         yield handle
-    finally:
-        if handle is not None:
-            os.close(handle)
 
 
 def append_line(path: Path, line: str) -> None:

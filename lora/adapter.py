@@ -8,7 +8,6 @@ import os
 from pathlib import Path
 
 import safetensors.torch
-import torch
 from torch import Tensor, nn
 
 from lora.biases import bias_tensors, without_repeated_biases
@@ -21,16 +20,10 @@ from lora.modules_to_save import ModulesToSaveWrapper
 WEIGHTS_FILE = "adapter_model.safetensors"
 FILES = (CONFIG_FILE, WEIGHTS_FILE)
 PREFIX = "base_model.model."
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-
-def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every trained tensor (adapters, head, biases) under its key in peft's files. They share the model's memory."""
-    return {key: tensor.detach() for key, tensor in trained_tensors(model).items()}
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of `adapter_tensors` themselves: the model's parameters, and the buffers of its head."""
+    """The parameters of adapters, head and biases, and the head's buffers, by their keys in peft's files."""
     tensors = bias_tensors(model)
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
@@ -39,6 +32,11 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
             tensors |= {f"{name}.{key}": value for key, value in module.trained_module.state_dict(keep_vars=True).items()}
     # torch.compile wraps a model and adds "_orig_mod." to its names
     return {PREFIX + key.replace("_orig_mod.", ""): value for key, value in tensors.items()}
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The same, detached. They share the model's memory."""
+    return {key: tensor.detach() for key, tensor in trained_tensors(model).items()}
 
 
 def save_adapter(model: nn.Module, config: LoraConfig, folder: str | Path) -> None:
@@ -62,17 +60,13 @@ def save_adapter(model: nn.Module, config: LoraConfig, folder: str | Path) -> No
 
 
 def read_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """The configuration and the tensors in an adapter folder.
-
-    Raises UserError if a file is missing or damaged, or if a tensor is not finite.
-    """
+    """What an adapter folder holds. Raises UserError if a file is missing or damaged, or if a tensor is not finite."""
     folder = Path(folder)
     if not os.path.lexists(folder / CONFIG_FILE):  # Path.exists raises OSError for a name that is too long
         raise UserError(f"{folder} is not an adapter: {CONFIG_FILE} not found. Pass a run folder or an adapter folder")
     config = LoraConfig.from_pretrained(folder)
-    path = folder / WEIGHTS_FILE
-    tensors = read_safetensors(path)
-    _check_finite(tensors, str(path))
+    tensors = read_safetensors(folder / WEIGHTS_FILE)
+    _check_finite(tensors, folder / WEIGHTS_FILE)
     return config, tensors
 
 
@@ -87,18 +81,15 @@ def match_tensors(expected: dict[str, Tensor], tensors: dict[str, Tensor], sourc
             raise UserError(f"{source} lacks {key}. It is damaged, or its {CONFIG_FILE} belongs to another adapter")
         if key not in expected:
             raise UserError(f"{source} contains {key}, which this model does not have. Load the base model of the adapter")
-        theirs, ours = tuple(tensors[key].shape), tuple(expected[key].shape)
-        if theirs != ours:
+        if (theirs := tuple(tensors[key].shape)) != (ours := tuple(expected[key].shape)):
             remedy = "Load the base model of the adapter, with its number of classes"
             raise UserError(f"{source}: the shape of {key} is {theirs}, in the model {ours}. {remedy}")
     return tensors
 
 
-def _check_finite(tensors: dict[str, Tensor], where: str) -> None:
+def _check_finite(tensors: dict[str, Tensor], where: str | Path) -> None:
     for key, tensor in tensors.items():
-        if tensor.dtype not in FLOATS:
-            raise UserError(
-                f"{where}: {key} contains {tensor.dtype}, not floating-point numbers of 16, 32 or 64 bits. Write it again"
-            )
+        if not tensor.is_floating_point() or tensor.itemsize < 2:
+            raise UserError(f"{where}: {key} contains {tensor.dtype}, not floating-point numbers. Write it again")
         if not tensor.isfinite().all():
             raise UserError(f"{where}: {key} contains NaN or infinity. Train again with a smaller learning rate")

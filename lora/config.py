@@ -19,9 +19,11 @@ MAX_ENTRIES = 10_000  # in a list or a dictionary
 MAX_ALPHA = 1e30  # float32 ends at 3.4e38
 NO_TARGETS = "dummy-target-modules"  # peft's word for an adapter that only trains modules_to_save
 
+TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
+TaskType = Enum("TaskType", [(task, task) for task in TASKS], type=str)  # type: ignore[misc]
 CHOICES: dict[str, tuple] = {
     "bias": ("none", "all", "lora_only"),
-    "task_type": ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION", None),
+    "task_type": (*TASKS, None),
     "init_lora_weights": (True, False, "gaussian"),
     "fan_in_fan_out": (False,),
     "peft_type": ("LORA",),
@@ -35,35 +37,21 @@ NEWER = {"exclude_modules", "layers_pattern", "auto_mapping"}  # written only if
 HARMLESS_INIT = (True, False, "gaussian", "orthogonal", "eva")
 
 
-class TaskType(str, Enum):
-    """The purpose of a model, as peft names it."""
-
-    SEQ_CLS = "SEQ_CLS"
-    TOKEN_CLS = "TOKEN_CLS"
-    QUESTION_ANS = "QUESTION_ANS"
-    CAUSAL_LM = "CAUSAL_LM"
-    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
-    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
-
-
 @dataclass
 class LoraConfig:
     """The options of LoRA, a subset of peft's. Raises UserError, by name, for a value of the wrong type or out of range.
 
     r, lora_alpha: rank and scale, dW = (alpha / r) B A (arXiv:2106.09685, section 4.1).
     lora_dropout: probability of dropout on the input of A.
-    target_modules: the linear layers to adapt: a list of names or ends of names (["q_lin", "v_lin"]); a regular expression
-        that matches full names; "all-linear" for every linear layer outside the head; NO_TARGETS for none; or None for those
-        that are usual for the model's `config.model_type`.
+    target_modules: the linear layers to adapt: names or ends of names (["q_lin", "v_lin"]); a regular expression for full
+        names; "all-linear" for all of them outside the head; NO_TARGETS for none; None for the usual ones of this model.
     exclude_modules: targets to leave out, named in the same way.
     modules_to_save: modules to train in full beside the adapters, by the ends of their names. With task_type "SEQ_CLS" (the
-        default here; peft's is None) the head is always one of them: names that end in "classifier" or "score".
+        default here; peft's is None) also the head: names that end in "classifier" or "score".
     bias: the biases to train: "none", "all", or only those of the adapted layers ("lora_only").
-    use_rslora: scale by alpha / sqrt(r) instead (arXiv:2312.03732).
-    use_dora: train the length of each row of W apart from its direction (lora/variants.py).
+    use_rslora, use_dora: scale by alpha / sqrt(r) instead (lora/layer.py); train the lengths of W's rows (lora/variants.py).
     init_lora_weights: A uniform and B zero (True), A normal and B zero ("gaussian"), or neither of them zero (False).
-    layers_to_transform: adapt only the layers with these numbers (a layer's number is the first in its name, or the first
-        after a match of `layers_pattern`).
+    layers_to_transform: adapt only these layers, by number: the first in a name, or after a match of `layers_pattern`.
     rank_pattern, alpha_pattern: r or alpha for the layers whose name ends in the key, a regular expression.
     base_model_name_or_path, revision: the model that the adapter was trained on.
     inference_mode: freeze the adapter too, as in a saved file.
@@ -107,10 +95,12 @@ class LoraConfig:
                 raise UserError(f"{item.name} is {value!r}. Supported: {', '.join(map(str, choices))}")
         if self.layers_pattern and self.layers_to_transform in (None, []):
             raise UserError("layers_pattern needs layers_to_transform, the numbers of the layers")
-        for name, rank in _with_pattern("r", self.r, "rank_pattern", self.rank_pattern):
+        ranks = {"r": self.r} | {f"rank_pattern[{name!r}]": rank for name, rank in self.rank_pattern.items()}
+        for name, rank in ranks.items():
             if not 1 <= rank < MAX_RANK:
                 raise UserError(f"{name} is {rank}. The rank must be at least 1 and below 2**20")
-        for name, alpha in _with_pattern("lora_alpha", self.lora_alpha, "alpha_pattern", self.alpha_pattern):
+        alphas = {"lora_alpha": self.lora_alpha} | {f"alpha_pattern[{name!r}]": a for name, a in self.alpha_pattern.items()}
+        for name, alpha in alphas.items():
             if not 0 < alpha < MAX_ALPHA:
                 raise UserError(f"{name} is {alpha}. It must be above 0 and below {MAX_ALPHA:g}")
         if not 0 <= self.lora_dropout < 1:
@@ -144,8 +134,8 @@ class LoraConfig:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write adapter_config.json, with sorted keys that every version of peft knows. Raises UserError if it cannot."""
-        values = {key: value for key, value in self.to_dict().items() if key not in NEWER or value}
-        values = {key: sorted(value) if isinstance(value, list) else value for key, value in values.items()}
+        values = {key: sorted(value) if isinstance(value, list) else value for key, value in self.to_dict().items()
+                  if key not in NEWER or value}  # fmt: skip
         # a trained adapter no longer depends on how A and B started
         values |= {"inference_mode": True, "init_lora_weights": True}
         text = json.dumps(values, indent=2, sort_keys=True)
@@ -155,20 +145,13 @@ class LoraConfig:
 PeftConfig = LoraConfig  # peft's class for all of its methods; here there is one
 
 
-def _with_pattern(name: str, value: Any, pattern_name: str, patterns: dict[str, Any]) -> list[tuple[str, Any]]:
-    """The general value and those of the patterns, each with its name for a message."""
-    return [(name, value), *((f"{pattern_name}[{pattern!r}]", patterns[pattern]) for pattern in patterns)]
-
-
 def _has_type(value: Any, annotation: Any) -> bool:
     """Whether `value`, which a script or a file of JSON may set to anything, has the type that is written in LoraConfig."""
     kind, of = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
     if kind in (types.UnionType, typing.Union):
         return any(_has_type(value, option) for option in of)
-    if kind is list:
-        return isinstance(value, list) and all(_has_type(item, of[0]) for item in value)
-    if kind is dict:
-        return isinstance(value, dict) and all(_has_type(key, of[0]) and _has_type(item, of[1]) for key, item in value.items())
-    if isinstance(value, bool):  # Python counts True as an int
-        return kind is bool
-    return isinstance(value, int | float if kind is float else kind)
+    if isinstance(value, bool) or kind is bool:  # Python counts True as an int
+        return isinstance(value, bool) and kind is bool
+    parts = [value, value.values()] if kind is dict and isinstance(value, dict) else [value]
+    fits = isinstance(value, int | float if kind is float else kind)
+    return fits and all(_has_type(item, each) for part, each in zip(parts, of, strict=False) for item in part)

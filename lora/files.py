@@ -1,11 +1,9 @@
 """Read JSON and safetensors files with clear errors, and write files whole or not at all."""
 
 import contextlib
-import glob
 import json
 import os
-import re
-import stat
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ LARGEST_JSON = 1 << 26  # bytes; the parsed value may take 20 times as many
 
 def read_bytes(path: Path, largest: int = LARGEST_JSON) -> bytes:
     """The content of a regular file. Raises UserError for anything else, such as a pipe that never ends, or too many bytes."""
-    if check_regular(path) > largest:
+    if regular_size(path) > largest:
         raise UserError(f"{path} has more than {largest:,} bytes, which is too much for such a file. Fetch or write it again")
     try:
         return path.read_bytes()
@@ -29,17 +27,18 @@ def read_bytes(path: Path, largest: int = LARGEST_JSON) -> bytes:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def check_regular(path: Path) -> int:
-    """The size of a regular file, in bytes. Raises UserError if it is missing, or a folder, a device or a pipe."""
+def regular_size(path: Path) -> int:
+    """The size of a file, in bytes. Raises UserError if it is missing, or a folder, a device or a pipe."""
     try:
-        status = path.stat()
+        size = path.stat().st_size
     except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
+        hint = ". Weights are read from safetensors files only" if path.suffix == ".safetensors" else ""
+        raise UserError(f"{path} is missing{hint}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {why(error)}") from error
-    if not stat.S_ISREG(status.st_mode):
+    if not path.is_file():
         raise UserError(f"{path} is not a regular file. Fetch or write it again")
-    return status.st_size
+    return size
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
@@ -59,24 +58,9 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
     Raises UserError if it is missing, cut short or of another format.
     """
-    with _safetensors_errors(path):
-        return safetensors.torch.load_file(path)
-
-
-def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """The type ("F32") and the shape of each tensor in a safetensors file, without reading a tensor. Raises as above."""
-    with _safetensors_errors(path), safetensors.safe_open(path, framework="pt") as file:
-        parts = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 - it is no dictionary
-        return {key: (part.get_dtype(), tuple(part.get_shape())) for key, part in parts.items()}
-
-
-@contextlib.contextmanager
-def _safetensors_errors(path: Path) -> Iterator[None]:
-    if not os.path.lexists(path):
-        raise UserError(f"{path} is missing. Weights are read from safetensors files only")
-    check_regular(path)
+    regular_size(path)
     try:
-        yield
+        return safetensors.torch.load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} is not a whole safetensors file ({error}). Fetch or write it again") from error
 
@@ -121,45 +105,35 @@ def write_file(path: Path, content: bytes) -> None:
     A link is followed, and a file that is replaced keeps its permissions. A device or a pipe is written to as it is. Creates
     the file's folder but not the folders above: if those are gone, something is wrong. Raises UserError.
     """
-    file, mode = resolve(path), None
-    temporary = partial_name(file)
+    file = resolve(path)
     with writing(path):
-        with contextlib.suppress(FileNotFoundError):
-            mode = path.stat().st_mode
-        if mode is not None and not stat.S_ISREG(mode):
-            path.write_bytes(content)
+        if file.exists() and not file.is_file():
+            file.write_bytes(content)
             return
-        try:
-            file.parent.mkdir(exist_ok=True)
+        file.parent.mkdir(exist_ok=True)
+        with replacing(file) as temporary:
             temporary.write_bytes(content)
-            if mode is not None:
-                temporary.chmod(stat.S_IMODE(mode))
-            flush(temporary)
-            os.replace(temporary, file)
-            flush(file.parent)
-        finally:
-            with contextlib.suppress(OSError):  # already renamed, or never written
-                temporary.unlink()
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copymode(path, temporary)  # not `file`: this fails for a loop of links
 
 
-PARTIAL = re.compile(r"\..*\.[0-9a-f]{8}\.partial")
+@contextlib.contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """The block writes a temporary file beside `file`, which is then flushed to disk and takes its place."""
+    temporary = partial_name(file)
+    try:
+        yield temporary
+        flush(temporary)
+        os.replace(temporary, file)
+        flush(file.parent)
+    finally:
+        with contextlib.suppress(OSError):  # already renamed, or never written
+            temporary.unlink()
 
 
 def partial_name(path: Path) -> Path:
     """A new name beside `path`: .NAME.1f3a9c02.partial. (NAME is cut, because names have a limit.)"""
     return path.with_name(f".{path.name[:40]}.{os.urandom(4).hex()}.partial")
-
-
-def partials_of(path: Path) -> list[Path]:
-    """The temporary files and folders of processes that are writing `path`, or were killed while they wrote it."""
-    return [other for other in path.parent.glob(f".{glob.escape(path.name[:40])}.*") if PARTIAL.fullmatch(other.name)]
-
-
-def is_empty(path: Path) -> bool:
-    """Whether nothing is there, or a folder without files. A temporary file that a killed process left does not count."""
-    if path.is_dir():
-        return all(map(is_empty, path.iterdir()))
-    return not os.path.lexists(path) or PARTIAL.fullmatch(path.name) is not None
 
 
 def resolve(path: Path | str) -> Path:
@@ -182,5 +156,5 @@ def flush(path: Path) -> None:
 
 
 def why(error: Exception) -> str:
-    """The reason for an error in words: the system's, or Python's for an impossible name (with a NUL in it, for example)."""
+    """The reason in words: the system's, or Python's."""
     return getattr(error, "strerror", None) or str(error)

@@ -33,20 +33,16 @@ def inject(model: nn.Module, config: LoraConfig, strict: bool = True) -> None:
     ranks = pattern_values("rank_pattern", config.rank_pattern, targets, config.r, strict)
     alphas = pattern_values("alpha_pattern", config.alpha_pattern, targets, config.lora_alpha, strict)
 
+    layer_class = DoRALinear if config.use_dora else LoRALinear
     model.requires_grad_(False)
     for name in targets:
         linear = typing.cast(nn.Linear, model.get_submodule(name))
-        _replace(model, name, _lora_layer(linear, ranks[name], alphas[name], config))
+        layer = layer_class.from_linear(linear, ranks[name], alphas[name], config.lora_dropout, config.use_rslora)
+        initialise(layer, config.init_lora_weights)
+        _replace(model, name, layer)
     train_biases(model, config.bias, head)
     for name in head:
         _replace(model, name, ModulesToSaveWrapper(model.get_submodule(name).requires_grad_(False)))
-
-
-def _lora_layer(linear: nn.Linear, r: int, alpha: float, config: LoraConfig) -> LoRALinear:
-    layer_class = DoRALinear if config.use_dora else LoRALinear
-    layer = layer_class.from_linear(linear, r, alpha, config.lora_dropout, config.use_rslora)
-    initialise(layer, config.init_lora_weights)
-    return layer
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -1,6 +1,5 @@
 """PeftModel and get_peft_model: the methods that peft's users know, each a line or two over inject.py and adapter.py."""
 
-import contextlib
 import copy
 import functools
 import inspect
@@ -10,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lora import adapter, inject
@@ -25,9 +23,12 @@ from lora.targets import find_head, short_names
 ONLY = {"adapter_name": "default", "mixed": False, "safe_serialization": True}
 NO_EFFECT = {"autocast_adapter_dtype", "torch_device", "low_cpu_mem_usage", "save_function", "state_dict"}
 HUB = {"revision", "token", "cache_dir", "local_files_only"}
-# what transformers' models offer for adapters of their own
-FOREIGN = {"add_adapter", "set_adapter", "delete_adapter", "enable_adapters", "disable_adapters", "get_adapter_state_dict",
-           "enable_peft_hotswap"}  # fmt: skip
+
+
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Print both counts and the percentage that is trainable, in peft's words."""
+    trainable, total = inject.count_parameters(model)
+    print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
 
 
 class _Forward(functools.partial):
@@ -45,24 +46,23 @@ class PeftModel(nn.Module):
     """A model with LoRA in it. Attributes that are not defined here are those of the wrapped model, `base_model`."""
 
     base_model: nn.Module
-    active_adapter = "default"
+    active_adapter, active_adapters = "default", ["default"]
     prefix = "lora_"  # of the names of what an adapted layer trains
 
     def __init__(self, model: nn.Module, peft_config: LoraConfig, adapter_name: str = "default", **options: Any):
         super().__init__()
         strict = options.pop("strict", True)  # a name in a file may match nothing, as in peft
-        _check(options, adapter_name=adapter_name)
+        _hub_options(options, adapter_name=adapter_name)
         self.base_model = _unwrapped(model)  # the wrapper may have been left after unload()
         inject.inject(self.base_model, peft_config, strict)
         self._describe(peft_config)
 
     def _describe(self, config: LoraConfig) -> None:
-        model, targets = self.base_model, config.target_modules
+        model, config = self.base_model, replace(config, modules_to_save=short_names(self.base_model, ModulesToSaveWrapper))
+        if config.target_modules in (None, "all-linear"):
+            config.target_modules = short_names(model, LoRALinear)
+        config.base_model_name_or_path = config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
         where = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
-        targets = short_names(model, LoRALinear) if targets in (None, "all-linear") else targets
-        name = config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
-        config = replace(config, target_modules=targets, base_model_name_or_path=name)
-        config.modules_to_save = short_names(model, ModulesToSaveWrapper)
         config.auto_mapping = None if config.task_type else where
         self.peft_config = {"default": config}
         if config.inference_mode:
@@ -78,13 +78,10 @@ class PeftModel(nn.Module):
         except AttributeError:
             if name == "base_model":  # not set yet
                 raise
-            if name in FOREIGN:
+            value = getattr(self.base_model, name)
+            if getattr(value, "__module__", "") == "transformers.integrations.peft":  # for adapters of its own
                 raise AttributeError(f"{name} would not know of this adapter. See load_adapter, disable_adapter") from None
-            return getattr(self.base_model, name)
-
-    @property
-    def active_adapters(self) -> list[str]:
-        return [self.active_adapter]
+            return value
 
     @property
     def active_peft_config(self) -> LoraConfig:
@@ -93,48 +90,31 @@ class PeftModel(nn.Module):
     def get_base_model(self) -> nn.Module:
         return self.base_model
 
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """(trainable, all) parameters."""
-        return inject.count_parameters(self)
-
-    def print_trainable_parameters(self) -> None:
-        print_trainable_parameters(self)
-
-    def disable_adapter(self) -> contextlib.AbstractContextManager[None]:
-        """`with model.disable_adapter():` within the block this is exactly the base model, its original head included."""
-        return inject.disable_adapter(self)
-
-    def disable_adapter_layers(self) -> None:
-        """Be exactly the base model until `enable_adapter_layers`. A merged adapter is unmerged for good."""
-        inject.enable(self, False)
-
-    def enable_adapter_layers(self) -> None:
-        inject.enable(self, True)
+    get_nb_trainable_parameters = inject.count_parameters
+    print_trainable_parameters = print_trainable_parameters
+    disable_adapter = inject.disable_adapter
+    unmerge_adapter = inject.unmerge
+    disable_adapter_layers = functools.partialmethod(inject.enable, enabled=False)  # a merged adapter is unmerged for good
+    enable_adapter_layers = functools.partialmethod(inject.enable, enabled=True)
 
     def merge_adapter(self, adapter_names: None = None, safe_merge: bool = True) -> None:
-        """Add every dW to its W0. A merged adapter is not trained. Raises UserError if a sum is not finite."""
+        """Add every dW to its W0. A merged adapter is not trained. Raises UserError as `inject.merge` does."""
         inject.merge(self)
 
-    def unmerge_adapter(self) -> None:
-        """Restore every W0, bit for bit."""
-        inject.unmerge(self)
-
     def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = True) -> nn.Module:
-        """The original model object, with every dW added to its weight and the trained head in place. Its parameters stay
-        frozen. Raises UserError if a sum is not finite."""
+        """The original model object, frozen, with every dW added and the trained head in place. Raises as `merge_adapter`."""
         inject.unload(self.base_model, merged=True)
         return self.base_model
 
     def unload(self) -> nn.Module:
-        """The original model object as it was before LoRA, head included, except that its parameters stay frozen."""
+        """The original model object, frozen, and otherwise as it was before LoRA, head included."""
         inject.unload(self.base_model, merged=False)
         return self.base_model
 
     def save_pretrained(self, save_directory: str | Path, safe_serialization: bool = True, **options: Any) -> None:
-        """Write the adapter into a folder as peft does: configuration and weights, head included; unless `is_main_process` is
-        False. Raises UserError if a weight is not finite, if the folder holds a whole model, or if it cannot be written."""
+        """Write configuration and weights, head included, unless `is_main_process` is False. Raises as `save_adapter` does."""
         is_main_process = options.pop("is_main_process", True)
-        _check(options, safe_serialization=safe_serialization)
+        _hub_options(options, safe_serialization=safe_serialization)
         if is_main_process:
             adapter.save_adapter(self.base_model, self.active_peft_config, save_directory)
 
@@ -150,30 +130,27 @@ class PeftModel(nn.Module):
     @classmethod
     def from_pretrained(
         cls, model: nn.Module, model_id: str | Path, adapter_name: str = "default", is_trainable: bool = False,
-        config: LoraConfig | None = None, torch_device: str | None = None, **options: Any,
+        config: LoraConfig | None = None, **options: Any,
     ) -> "PeftModel":  # fmt: skip
         """Load an adapter, written here or by peft, into `model`, in place. It is frozen and in evaluation mode unless
         `is_trainable`. model_id: a folder, or a name on the hub. config: in place of the folder's.
 
         Raises UserError, with `model` unchanged, if the folder holds no adapter or one that does not fit the model.
         """
-        hub = _check(options, adapter_name=adapter_name)
-        config, tensors, _ = _read_for(model, find_folder(model_id, hub, adapter.FILES), is_trainable, config)
+        config, tensors, _ = _read_for(model, model_id, is_trainable, config, options | {"adapter_name": adapter_name})
         loaded = cls(model, config, strict=False)
         loaded._fill(tensors, is_trainable)
         return loaded
 
     def load_adapter(self, model_id: str | Path, adapter_name: str = "default", is_trainable: bool = False, **hub: Any) -> None:
-        """Replace this adapter with another. The base model is neither copied nor loaded again, and tensors of equal shapes
-        stay the same objects, so that an optimizer of theirs stays valid.
+        """Replace this adapter with another. (In peft it joins the present one, under a name of its own.)
 
-        (In peft the new adapter joins the present one, under a name of its own.) Raises UserError, with the present adapter
-        unchanged, if the folder holds no adapter or one that does not fit the model.
+        If all shapes are equal the tensors stay the same objects, so that their optimizer stays valid. Raises as
+        `from_pretrained` does, with the present adapter unchanged.
         """
-        hub = _check(hub, adapter_name=adapter_name)
-        config, tensors, skeleton = _read_for(self.base_model, find_folder(model_id, hub, adapter.FILES), is_trainable)
+        config, tensors, skeleton = _read_for(self, model_id, is_trainable, None, hub | {"adapter_name": adapter_name})
         inject.unmerge(self.base_model)
-        present = adapter.adapter_tensors(self.base_model)
+        present = adapter.trained_tensors(self.base_model)
         if {key: tensor.shape for key, tensor in present.items()} != {key: tensor.shape for key, tensor in tensors.items()}:
             if is_trainable:
                 warnings.warn("this adapter has other tensors than the last: make the optimizer anew", stacklevel=2)
@@ -196,6 +173,10 @@ class PeftModel(nn.Module):
 PeftModelForSequenceClassification = PeftModel  # peft has a class for each task
 
 
+def _unwrapped(model: nn.Module) -> nn.Module:
+    return model.base_model if isinstance(model, PeftModel) else model
+
+
 def get_peft_model(model: nn.Module, peft_config: LoraConfig, adapter_name: str = "default", **options: Any) -> PeftModel:
     """Put LoRA into `model` and wrap it. This happens in place; only the head is copied.
 
@@ -211,7 +192,7 @@ def inject_adapter_in_model(peft_config: LoraConfig, model: nn.Module, adapter_n
 
 def get_peft_model_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
     """The trained tensors under the keys of peft's files. They share the model's memory."""
-    _check({}, adapter_name=adapter_name)
+    _hub_options({}, adapter_name=adapter_name)
     prefix = "" if isinstance(model, PeftModel) else adapter.PREFIX
     return {key.removeprefix(prefix): tensor for key, tensor in adapter.adapter_tensors(_unwrapped(model)).items()}
 
@@ -219,21 +200,19 @@ def get_peft_model_state_dict(model: nn.Module, adapter_name: str = "default") -
 def set_peft_model_state_dict(model: nn.Module, peft_model_state_dict: dict, adapter_name: str = "default") -> Any:
     """Copy tensors into the model, by the keys of `get_peft_model_state_dict`. Raises UserError if they do not fit.
 
-    So the missing and the unexpected keys that it returns, as torch's load_state_dict does, are always none.
+    Returns missing and unexpected keys, as torch's load_state_dict does: always none.
     """
     present = get_peft_model_state_dict(model, adapter_name)
-    for key, tensor in adapter.match_tensors(present, peft_model_state_dict, "the state dict").items():
+    tensors = adapter.match_tensors(present, peft_model_state_dict, "the state dict")
+    for module in inject.adapted_modules(model):
+        if isinstance(module, LoRALinear):
+            module.unmerge()  # the merged weight holds the old dW
+    for key, tensor in tensors.items():
         present[key].copy_(tensor)
     return nn.modules.module._IncompatibleKeys([], [])
 
 
-def print_trainable_parameters(model: nn.Module) -> None:
-    """Print both counts and the percentage that is trainable, in peft's words."""
-    trainable, total = inject.count_parameters(model)
-    print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
-
-
-def _check(options: dict[str, Any], **named: Any) -> dict[str, Any]:
+def _hub_options(options: dict[str, Any], **named: Any) -> dict[str, Any]:
     """The options of the hub. Raises UserError for one that is unknown, or has a value that is not supported."""
     for name, value in {**named, **options}.items():
         if name not in ONLY.keys() | NO_EFFECT | HUB or value != ONLY.get(name, value):
@@ -241,16 +220,13 @@ def _check(options: dict[str, Any], **named: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name in HUB}
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    return model.base_model if isinstance(model, PeftModel) else model
-
-
-def _read_for(model: nn.Module, folder: Path, is_trainable: bool, config: LoraConfig | None = None) -> tuple[Any, Any, Any]:
+def _read_for(model: nn.Module, model_id: str | Path, is_trainable: bool, config: LoraConfig | None, options: dict) -> Any:
     """Read an adapter, and put it into a copy of the model without data to check that it fits: a bad one changes nothing."""
+    folder = find_folder(model_id, _hub_options(options), adapter.FILES)
     read, tensors = adapter.read_adapter(folder)
     model, config = _unwrapped(model), config or read
-    data = [*model.parameters(), *model.buffers()]
-    skeleton = copy.deepcopy(model, {id(tensor): _without_data(tensor) for tensor in data})
+    skeleton = copy.deepcopy(model, {id(p): nn.Parameter(p.to("meta"), False) for p in model.parameters()}
+                             | {id(buffer): buffer.to("meta") for buffer in model.buffers()})  # fmt: skip
     inject.unload(skeleton, merged=False)
     config = replace(config, inference_mode=not is_trainable)
     if not find_head(skeleton, config, strict=False):  # as in peft the file may hold a head of which it does not speak
@@ -258,8 +234,3 @@ def _read_for(model: nn.Module, folder: Path, is_trainable: bool, config: LoraCo
     inject.inject(skeleton, config, strict=False)
     tensors = adapter.match_tensors(adapter.adapter_tensors(skeleton), tensors, folder / adapter.WEIGHTS_FILE)
     return config, tensors, skeleton
-
-
-def _without_data(tensor: Tensor) -> Tensor:
-    empty = torch.empty_like(tensor, device="meta")
-    return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty

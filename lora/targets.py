@@ -42,15 +42,14 @@ def find_targets(model: nn.Module, config: LoraConfig, head: list[str], strict: 
             if end not in known:
                 raise UserError(f"target_modules: no layer is named {end!r}. Choose from: {_last_parts(linear)}")
         names = _named(modules, wanted, "target_modules")
-    chosen = config.layers_to_transform
+    where, chosen = "", config.layers_to_transform
     if chosen not in (None, []):
         in_layers = _in_layers(names, [chosen] if isinstance(chosen, int) else chosen, config.layers_pattern)
         full_names = [] if isinstance(wanted, str) else wanted  # an entry that is a full name always counts
         names = [name for name in names if name in full_names or name in in_layers]
-        if not names:
-            raise UserError(f"layers_to_transform is {chosen!r}, but no layer of that number has a target module")
+        where = f". layers_to_transform is {chosen}, but no layer of that number has one"
     if not names:
-        raise UserError(f"target_modules: {wanted!r} matches no layer. Choose from: {_last_parts(linear)}")
+        raise UserError(f"target_modules: {wanted!r} matches no layer{where}. Choose from: {_last_parts(linear)}")
     excluded = _named(modules, config.exclude_modules or [], "exclude_modules")
     names = [name for name in names if name not in excluded and not is_within(name, head)]
     if not names:
@@ -74,8 +73,7 @@ def find_head(model: nn.Module, config: LoraConfig, strict: bool = True) -> list
     Raises UserError if an entry of `modules_to_save` matches a mere list of modules, or (if `strict`) nothing.
     """
     head = HEADS.get(config.task_type or "", [])
-    ends = config.modules_to_save or []
-    names = [name for name, _ in model.named_modules() if name]
+    ends, names = config.modules_to_save or [], [name for name, _ in model.named_modules() if name]
     for end in ends:
         if strict and end not in head and not any(name.endswith(end) for name in names):
             raise UserError(f"modules_to_save: no module is named {end!r}. Choose from: {_last_parts(names)}")
@@ -92,10 +90,9 @@ def find_head(model: nn.Module, config: LoraConfig, strict: bool = True) -> list
 
 def short_names(model: nn.Module, kind: type[nn.Module]) -> list[str]:
     """The last parts of the names of modules of this kind if those match no others, or else the full names."""
-    names = [name for name, module in model.named_modules() if isinstance(module, kind)]
+    names = sorted(name for name, module in model.named_modules() if isinstance(module, kind))
     ends = sorted({name.rpartition(".")[2] for name in names})
-    matched = _named((name for name, _ in model.named_modules()), ends, "")
-    return ends if sorted(matched) == sorted(names) else sorted(names)
+    return ends if sorted(_named(dict(model.named_modules()), ends, "")) == names else names
 
 
 def pattern_values(option: str, patterns: dict, names: list[str], default: Any, strict: bool = True) -> dict[str, Any]:
@@ -118,10 +115,8 @@ def is_within(name: str, modules: list[str]) -> bool:
 
 
 def _in_layers(names: list[str], numbers: list[int], patterns: list[str] | str | None) -> list[str]:
-    """The names whose layer has one of these numbers: the first one after a match of `patterns`, or else the first of all.
-
-    Like peft, ignore the last part of a name, and without patterns the first two.
-    """
+    """The names whose layer, the first number after a match of `patterns`, is one of these. By default that is a name's
+    first two parts, as in peft, which never takes the last part for a layer."""
     places = [(name, name[: match.start()], int(match[1])) for name in names for match in re.finditer(r"\.(\d+)(?=\.)", name)]
     patterns = [patterns] if isinstance(patterns, str) else patterns or [r"[^.]*\.[^.]*"]
     found = _match("layers_pattern", patterns, [before for _, before, _ in places], END)

@@ -24,7 +24,7 @@ from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
 from common.errors import FileNotOnHub, HubUnreachable, UserError
-from common.files import new_folder, read_bytes, read_header, read_json, read_safetensors, sha256_of_file
+from common.files import new_folder, read_bytes, read_json, read_safetensors, sha256_of_file
 from model.distilbert import DistilBertConfig, DistilBertForSequenceClassification, init_weights
 
 # BERT's name -> ours: of fields of config.json, and of parts of weight keys, which are replaced in this order.
@@ -82,20 +82,20 @@ def load_pretrained(
     config_file, tokenizer_file, weights_file, _ = _locate(name_or_path, revision)
     config = _read_config(config_file, num_labels or 1)
     tokenizer = read_tokenizer(tokenizer_file, config)
-    keys = _translate(header := read_header(weights_file), weights_file)
-    shapes = {name: header[key][1] for name, key in keys.items()}
+    raw = read_safetensors(weights_file)  # a map of the file: only what is used is read
+    keys = _translate(raw, weights_file)
+    shapes = {name: tuple(raw[key].shape) for name, key in keys.items()}
     if num_labels is None:
         if "classifier.weight" not in shapes:
             raise UserError(f"{weights_file} has no classifier, so this is a base model. Train it, or pass an adapter folder")
         config = replace(config, num_labels=[*shapes["classifier.weight"], 1][0])
-    _check_shapes(shapes, config, weights_file, has_pooler=any("pooler." in key for key in header))
+    _check_shapes(shapes, config, weights_file, has_pooler=any("pooler." in key for key in raw))
 
     with no_init_weights():
         classifier = DistilBertForSequenceClassification(config)
     if not shapes.keys() & set(HEAD):
         classifier.pre_classifier.apply(init_weights)
         classifier.classifier.apply(init_weights)
-    raw = read_safetensors(weights_file)
     # a copy: the file may change while the model is in use
     weights = {name: raw[key].to(torch.float32, copy=True) for name, key in keys.items()}
     for name, tensor in weights.items():
@@ -306,18 +306,18 @@ def _obey_tokenizer_config(tokenizer: Tokenizer, path: Path) -> None:
             raise UserError(f"{path}: do_lower_case is {value}, but {TOKENIZER} does otherwise: mend the one that is wrong")
 
 
-def _translate(header: dict[str, tuple[str, tuple[int, ...]]], path: Path) -> dict[str, str]:
+def _translate(tensors: dict[str, torch.Tensor], path: Path) -> dict[str, str]:
     """Our name -> the key in the file, without the tensors that are not used. Raises UserError for two keys of one tensor."""
     keys: dict[str, str] = {}
-    for key, (dtype, _) in header.items():
+    for key, tensor in tensors.items():
         name = key.removeprefix("distilbert.").removeprefix("bert.")
         if name.startswith(UNUSED):
             continue
         for theirs, ours in BERT_NAMES.items():
             name = name.replace(theirs, ours)
         name = name if name in HEAD else f"distilbert.{name}"
-        if dtype not in ("F32", "F16", "BF16", "F64"):
-            raise UserError(f"{path}: {key} is {dtype}, not floating point of 16, 32 or 64 bits")
+        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+            raise UserError(f"{path}: {key} is {tensor.dtype}, not floating point of 16, 32 or 64 bits")
         if name in keys:
             raise UserError(f"{path} contains {keys[name]} and {key}, which are one tensor here: remove the wrong one")
         keys[name] = key

@@ -10,11 +10,12 @@ from lora import LoraConfig, PeftModel, get_peft_model
 from lora.adapter import adapter_tensors
 from model import DistilBertConfig, DistilBertForSequenceClassification
 from train import train
-from training.checkpoint import Checkpoints, Signals
+from training.checkpoint import Checkpoints
 from training.distributed import Distributed
 from training.evaluation import Examples, ModelRunner
 from training.optimizer import lr_multiplier, parameter_groups
 from training.options import Options
+from training.signals import Signals
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIONS = Options(batch_size=8, epochs=2, learning_rate=3e-3, weight_decay=0.1, loraplus_lr_ratio=2.0)

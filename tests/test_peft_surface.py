@@ -320,6 +320,13 @@ def test_state_dicts_have_peft_s_keys_and_go_back():
         lora.set_peft_model_state_dict(ours, {})
 
 
+def test_a_state_dict_takes_effect_in_a_merged_model():
+    model, other = adapted(), perturb(adapted())
+    model.merge_adapter()
+    lora.set_peft_model_state_dict(model, lora.get_peft_model_state_dict(other))
+    assert torch.equal(logits(model), logits(other))
+
+
 def test_lora_is_put_into_a_model_without_a_wrapper():
     options = {"r": 3, "target_modules": Q_V, "task_type": None}
     ours, theirs = (library.inject_adapter_in_model(library.LoraConfig(**options), base_model()) for library in (lora, peft))

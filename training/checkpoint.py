@@ -12,21 +12,17 @@ import hashlib
 import json
 import os
 import re
-import signal
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from common.errors import Stopped, UserError
-from common.files import locked, partials_of, read_safetensors, refuse_to_overwrite, write_file, writing
-from lora.files import PARTIAL
+from common.errors import UserError
+from common.files import PARTIAL, locked, partials_of, read_safetensors, refuse_to_overwrite, write_file, writing
 from training.options import Options, flag
 
 FOLDER, NAME = "checkpoints", re.compile(r"step-\d{8}\.safetensors")
@@ -242,40 +238,3 @@ def fingerprint(options: Options, dtype: torch.dtype, model: str, data: str) -> 
     values = dataclasses.asdict(options) | {"dtype": str(dtype)}
     compared = {flag(name): value for name, value in values.items() if name not in (*MAY_CHANGE, "output_dir")}
     return compared | {"the model": model, "the data": data}
-
-
-class Signals:
-    """Within `with Signals(run) as signals:`, SIGINT (Ctrl-C) and SIGTERM raise Stopped, which says how to resume.
-
-    Within `with signals.delayed():`, the first signal only sets `received`, so that the step can be finished.
-    """
-
-    def __init__(self, run: Path):
-        self.run, self.received, self.delay = run, 0, False
-
-    def __enter__(self) -> "Signals":
-        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def receive(self, number: int, frame: FrameType | None) -> None:
-        if not self.delay or self.received:
-            self.stop(number)
-        self.received = number
-
-    @contextlib.contextmanager
-    def delayed(self) -> Iterator[None]:
-        self.delay = True
-        try:
-            yield
-        finally:
-            self.delay = False
-        if self.received:  # after the last step
-            self.stop(self.received)
-
-    def stop(self, number: int) -> None:
-        resume = f". To continue: python train.py --resume {self.run}" if newest_first(self.run) else ""
-        raise Stopped(f"stopped by {signal.Signals(number).name}{resume}", number)
