@@ -50,7 +50,7 @@ def words_at_risk(tokenizer: Tokenizer) -> int | None:
 
 def is_enough(encoding: Encoding, tokens: int, at_risk: int) -> bool:
     """Whether so many words follow the wanted tokens that no cut behind them can change these."""
-    words = encoding.word_ids[1:-1]  # of each token the number of its word; without [CLS] and [SEP]
+    words = [word for word in encoding.word_ids if word is not None]  # of each token; [CLS] and [SEP] have none
     return len(words) > tokens and words[tokens - 1] + at_risk < words[-1]
 
 
@@ -65,7 +65,8 @@ def squeeze(tokenizer: Tokenizer, text: str, encoding: Encoding) -> str:
         return kept if len(kept) <= longest else instead
 
     pieces, end = [], 0
-    for start, stop in map(encoding.word_to_chars, dict.fromkeys(encoding.word_ids[1:-1])):
+    words = dict.fromkeys(word for word in encoding.word_ids if word is not None)
+    for start, stop in filter(None, map(encoding.word_to_chars, words)):
         pieces += [short(text[end:start], " "), short(text[start:stop], "x" * (longest + 1))]
         end = stop
     return "".join([*pieces, short(text[end:], " ")])
