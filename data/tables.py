@@ -223,7 +223,7 @@ def _table_rows(
     if sample and (told := re.fullmatch(r'"?sep=(.)"?\s*', sample[0])):  # Excel's own way
         start, delimiters, sample = 2, told[1], sample[1:]
     samples = {delimiter: _sample_values(sample, delimiter) for delimiter in delimiters}
-    delimiter = max(samples, key=lambda delimiter: _fit(list(map(len, samples[delimiter]))))
+    delimiter = max(samples, key=lambda delimiter: _fit(samples[delimiter]))
     rows = _values(path, itertools.chain(sample, lines), delimiter, start)
     for line, values in itertools.islice(rows, 1):
         columns, header = _columns(values, samples[delimiter], wanted)
@@ -241,14 +241,15 @@ def _table_rows(
         yield line, dict(zip(columns, values, strict=False))  # empty fields at the end are Excel's
 
 
-def _fit(widths: list[int]) -> tuple[float, int]:
+def _fit(rows: list[list[str]]) -> tuple[float, int]:
     """How well a delimiter fits: by the share of rows with as many fields as the first, then by the number of fields."""
-    return (widths.count(widths[0]) / len(widths), widths[0]) if widths and widths[0] > 1 else (0, 0)
+    fields = [len(values) for values in rows]
+    return (fields.count(fields[0]) / len(fields), fields[0]) if fields and fields[0] > 1 else (0, 0)
 
 
 def _sample_values(sample: list[str], delimiter: str) -> list[list[str]]:
     rows: list[list[str]] = []
-    with contextlib.suppress(UserError):
+    with contextlib.suppress(UserError):  # also in the middle of a row
         rows.extend(values for _, values in _values(None, iter(sample), delimiter, 1))
     return rows
 
