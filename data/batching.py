@@ -9,7 +9,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from data.long_texts import Cutter
+from common.errors import UserError
+from data.long_texts import encode
 
 # Per call of the tokenizer, which works on the texts in parallel: 100 MB of memory at most.
 SLICE, SLICE_CHARACTERS = 1000, 1 << 20
@@ -37,10 +38,15 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> Tok
     Raises UserError if the tokenizer cannot read a text.
     """
     rows: list[np.ndarray] = []
-    cutter = Cutter(tokenizer, max_length - 2)
-    for part in slices(texts, SLICE, SLICE_CHARACTERS):
-        for ids in cutter.token_ids(part):
-            rows.append(ids if len(ids) <= max_length else np.append(ids[: max_length - 1], ids[-1]))  # the last is [SEP]
+    try:
+        for part in slices(texts, SLICE, SLICE_CHARACTERS):
+            for ids in encode(tokenizer, part, max_length - 2):
+                kept = ids if len(ids) <= max_length else [*ids[: max_length - 1], ids[-1]]  # the last is [SEP]
+                rows.append(np.array(kept, dtype=np.int32))
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # a bug in the tokenizer's Rust code, which is not even an Exception
+            raise
+        raise UserError(f"the tokenizer fails ({error}). Fetch tokenizer.json again, or report this to tokenizers") from None
     return TokenizedTexts(np.concatenate(rows), np.cumsum([0, *map(len, rows)], dtype=np.int64))
 
 

@@ -1,5 +1,7 @@
 """Data sets to train on: which files they consist of, what their labels are called, and which rows train and which test."""
 
+import contextlib
+import itertools
 import os
 import re
 import unicodedata
@@ -7,11 +9,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from common.errors import FileNotOnHub, HubUnreachable, UserError
-from data.tables import JSON, SUFFIXES, NoColumn, Wanted, choose_columns, folded, is_unicode, read_rows, row_error, shown
+from data.tables import JSON, SUFFIXES, NoColumn, Row, Wanted, choose_columns, folded, is_unicode, read_rows, row_error, shown
 
 AG_NEWS = "SetFit/ag_news"  # the hub's copy of AG News as train.jsonl and test.jsonl
 SAMPLE = Path(__file__).parent / "sample"  # a small corpus with AG News' classes, written for this project
@@ -52,8 +55,7 @@ class Dataset:
         return replace(self, train=self.train.sample(train_limit, seed), test=self.test.sample(test_limit, seed))
 
 
-@dataclass(frozen=True)
-class LabelledRow:
+class LabelledRow(NamedTuple):
     path: Path
     line: int
     text: str
@@ -61,8 +63,7 @@ class LabelledRow:
     name: str | None  # of the label, from label_text
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     path: Path
     rows: list[LabelledRow]
     columns: str  # what was read from which column
@@ -90,9 +91,9 @@ def load_dataset(
     is_told = (text_columns and label_column) or train.columns.lower() == PLAIN
     notes = [] if is_told else [f"{train.path.name}: {train.columns}"]
     splits = {"train": _split(train, names)}
-    for part in [part for part in paths if part != "train"]:
+    for part, path in paths.items():
         try:
-            splits[part] = _split(_read_part(paths[part], wanted), names)
+            splits[part] = splits.get(part) or _split(_read_part(path, wanted), names)
         except NoColumn as error:
             raise UserError(f"{error}. Or test on a share of the training part: --dataset {paths['train']}") from error
     if "test" not in splits:
@@ -103,7 +104,10 @@ def load_dataset(
     if "validation" in splits:
         notes.append(f"{paths['validation'].name}: {len(splits['validation']):,} rows, which are not used yet")
     label_names = list(names.values())
-    notes += _alike(label_names)
+    spellings: dict[str, str] = {}
+    for name in label_names:
+        if (other := spellings.setdefault(name.casefold(), name)) != name:
+            notes.append(f"the classes {shown(other)} and {shown(name)} differ only in case; if they are one, spell them alike")
     return Dataset(splits["train"], splits["test"], label_names, splits.get("validation"), commit, tuple(notes))
 
 
@@ -163,22 +167,20 @@ def _find_parts(name_or_path: str, revision: str | None) -> tuple[dict[str, Path
 
 
 def _parts_in_folder(folder: Path) -> dict[str, Path]:
-    parts: dict[str, Path] = {}
     try:
         paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     except OSError as error:
         raise UserError(f"{folder} cannot be read: {error.strerror}") from error
+    parts: dict[str, Path] = {}
     for part, stems in PARTS.items():
         found = [path for path in paths if path.stem.lower() in stems and path.suffix.lower() in SUFFIXES]
         if len(found) > 1:
             raise UserError(f"{folder} contains both {found[0].name} and {found[1].name}: move one of them away")
         parts.update((part, path) for path in found)
     if "train" not in parts:
-        listed = ", ".join(path.name for path in paths[:10]) + (", ..." if len(paths) > 10 else "")
-        raise UserError(
-            f"{folder} contains no train.csv, .tsv or .jsonl, but {listed or 'nothing'}: "
-            "rename one of its files, or name the file in place of the folder"
-        )
+        listed = ", ".join([path.name for path in paths[:10]] + ["..."] * (len(paths) > 10)) or "nothing"
+        remedy = "rename one of its files, or name the file in place of the folder"
+        raise UserError(f"{folder} contains no train.csv, .tsv or .jsonl, but {listed}: {remedy}")
     return parts
 
 
@@ -186,18 +188,16 @@ def _parts_on_hub(name: str, revision: str | None) -> tuple[dict[str, Path], str
     from common.hub import hub_file  # here: the client takes 0.15 s to import, and a folder needs none
 
     errors: list[UserError] = []
-    for folder in ("", "data/"):
-        for suffix in ON_HUB:
-            try:
-                train = hub_file(name, f"{folder}train{suffix}", revision, repo_type="dataset")
-            except (FileNotOnHub, HubUnreachable) as error:
-                errors.append(error)
-                continue
-            commit = train.parents[folder.count("/")].name  # the cache names the folder after it: both come from one commit
-            try:
-                return {"train": train, "test": hub_file(name, f"{folder}test{suffix}", commit, repo_type="dataset")}, commit
-            except FileNotOnHub:
-                return {"train": train}, commit
+    for folder, suffix in itertools.product(("", "data/"), ON_HUB):
+        try:
+            train = hub_file(name, f"{folder}train{suffix}", revision, repo_type="dataset")
+        except (FileNotOnHub, HubUnreachable) as error:
+            errors.append(error)
+            continue
+        parts, commit = {"train": train}, train.parents[folder.count("/")].name  # the cache names the folder after it
+        with contextlib.suppress(FileNotOnHub):
+            parts["test"] = hub_file(name, f"{folder}test{suffix}", commit, repo_type="dataset")
+        return parts, commit
     if isinstance(errors[0], HubUnreachable):
         raise errors[0]
     raise UserError(
@@ -212,108 +212,93 @@ PLAIN = "text from text, label from label"
 
 
 def _read_part(path: Path, wanted: Wanted) -> Part:
-    if path.is_dir() and not path.suffix:
-        return _read_class_folders(path)
     rows: list[LabelledRow] = []
     columns, name_column = PLAIN, ""
-    for line, text, label, fields in read_rows(path, wanted.text, wanted.label, labelled=True):
-        if not rows:
+    is_folder = path.is_dir() and not path.suffix
+    table = ((path, row) for row in read_rows(path, wanted.text, wanted.label, labelled=True))
+    for source, (line, text, label, fields) in _class_folders(path) if is_folder else table:
+        if fields and not rows:
             texts, column = choose_columns(path, line, fields, wanted)
             columns = f"text from {' + '.join(texts)}, label from {column}"
             if line == 1 and path.suffix.lower() not in JSON:
                 columns += "; the file has no header"
             name_column = next((key for key in fields if folded(key) == "label_text" and folded(str(column)) == "label"), "")
-        if not any(str(value).strip() for value in fields.values()):
+        if fields and not any(str(value).strip() for value in fields.values()):
             continue  # Excel writes such rows
         if isinstance(label, str):
             label = unicodedata.normalize("NFC", label.strip())
             label = int(label) if re.fullmatch(r"0|-?[1-9][0-9]{0,17}", label) else label
         if isinstance(label, bool) or not isinstance(label, int | str):
-            raise row_error(path, line, f"the label {shown(label)} is neither a whole number nor a name; make it one")
+            raise row_error(source, line, f"the label {shown(label)} is neither a whole number nor a name; make it one")
         for what, value in [("text", text), ("label", str(label))]:
             if not value.strip():
-                raise row_error(path, line, f"the {what} is empty; fill it in or remove the row")
+                raise row_error(source, line, f"the {what} is empty; fill it in or remove the row")
         name = fields.get(name_column)
         name = unicodedata.normalize("NFC", name.strip()) if isinstance(name, str) else None
         if not is_unicode(f"{label}{name}"):
-            raise row_error(path, line, "the label contains half a character (a lone surrogate); remove it")
-        rows.append(LabelledRow(path, line, text, label, name))
+            raise row_error(source, line, "the label contains half a character (a lone surrogate); remove it")
+        rows.append(LabelledRow(source, line, text, label, name))
     if not rows:
-        raise UserError(f"{path} has no rows")
+        raise UserError(f"{path} has no rows" + ", that is no folder for each class with .txt files in it" * is_folder)
     return Part(path, rows, columns)
 
 
-def _read_class_folders(folder: Path) -> Part:
+def _class_folders(folder: Path) -> Iterator[tuple[Path, Row]]:
     """The form of IMDb: a folder for each class, and in it a file for each text. IMDb's `unsup` has no labels."""
-    rows = []
     for path in sorted(folder.glob("*/*.txt")):
         if path.parent.name != "unsup":
-            text = "\n".join(read_texts(path))
-            rows.append(LabelledRow(path, 1, text, unicodedata.normalize("NFC", path.parent.name), None))
-    if not rows:
-        raise UserError(f"{folder} contains no folder for each class with .txt files in it")
-    return Part(folder, rows, PLAIN)
+            yield path, Row(1, "\n".join(read_texts(path)), path.parent.name, {})
 
 
 def _label_names(part: Part) -> dict[int | str, str]:
     """label -> name, of the training rows. Classes are numbered in this order: by number or by alphabet."""
-    path, rows = part.path, part.rows
-    earliest = rows[0].label
+    first = part.rows[0].label
     names: dict[int | str, str] = {}
     labels: dict[str, int | str] = {}
-    for row in rows:
-        name, message = row.name or str(row.label), None
-        if type(row.label) is not type(earliest):
-            message = f"the label {shown(row.label)} after {shown(earliest)}; use either numbers or names"
-        elif (before := names.setdefault(row.label, name)) != name:
-            message = f"label {shown(row.label)} is called {shown(name)} here and {shown(before)} before; choose one name"
-        elif (other := labels.setdefault(name, row.label)) != row.label:
-            message = f"labels {shown(other)} and {shown(row.label)} are both called {shown(name)}; give each its own name"
+    for path, line, _, label, named in part.rows:
+        name, message = named or str(label), None
+        if type(label) is not type(first):
+            message = f"the label {shown(label)} after {shown(first)}; use either numbers or names"
+        elif (before := names.setdefault(label, name)) != name:
+            message = f"label {shown(label)} is called {shown(name)} here and {shown(before)} before; choose one name"
+        elif (other := labels.setdefault(name, label)) != label:
+            message = f"labels {shown(other)} and {shown(label)} are both called {shown(name)}; give each its own name"
         if message:
-            raise row_error(row.path, row.line, message)
+            raise row_error(path, line, message)
     if len(names) == 1:
-        raise UserError(f"{path}: every row has the label {shown(earliest)}; at least two classes are needed")
-    if isinstance(earliest, int) and path.suffix.lower() == ".csv" and (listed := _listed_names(path.with_name("classes.txt"))):
-        start = 0 if 0 in names else 1
-        for row in rows:
-            if row.label not in range(start, start + len(listed)):
-                message = f"label {shown(row.label)} does not fit the {len(listed)} classes in classes.txt"
-                raise row_error(row.path, row.line, f"{message}; number them from {start} to {start + len(listed) - 1}")
-        return {label: listed[int(label) - start] for label in sorted(names)}
-    counts = Counter(row.label for row in rows)
+        raise UserError(f"{part.path}: every row has the label {shown(first)}; at least two classes are needed")
+    if isinstance(first, int) and part.path.suffix.lower() == ".csv" and (listed := _listed_names(part.path)):
+        listed_names: dict[int | str, str] = dict(enumerate(listed, start := 0 if 0 in names else 1))
+        for path, line, _, label, _ in part.rows:
+            if label not in listed_names:
+                message = f"label {shown(label)} does not fit the {len(listed)} classes in classes.txt"
+                raise row_error(path, line, f"{message}; number them from {start} to {start + len(listed) - 1}")
+        return {label: listed_names[label] for label in sorted(names)}
+    counts = Counter(row.label for row in part.rows)
     single = sum(count == 1 for count in counts.values())
-    if len(names) > 2 and single > len(rows) / 2:
+    if len(names) > 2 and single > len(part.rows) / 2:
         raise UserError(
-            f"{path}: {single} of {len(rows)} rows have a label that no other row has ({part.columns}). "
+            f"{part.path}: {single} of {len(part.rows)} rows have a label that no other row has ({part.columns}). "
             "Name the columns with --text-column and --label-column (by number if the file has no header)"
         )
     return {label: names[label] for label in sorted(names)}
 
 
-def _listed_names(path: Path) -> list[str]:
+def _listed_names(table: Path) -> list[str]:
+    path = table.with_name("classes.txt")
     names = [name.strip() for name in read_texts(path) if name.strip()] if path.exists() else []
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"{path} lists {shown(name)} twice; each class needs a name of its own")
+    if twice := [name for name, times in Counter(names).items() if times > 1]:
+        raise UserError(f"{path} lists {shown(twice[0])} twice; each class needs a name of its own")
     return names
 
 
-def _alike(names: list[str]) -> Iterator[str]:
-    folded: dict[str, str] = {}
-    for name in names:
-        if (other := folded.setdefault(name.casefold(), name)) != name:
-            yield f"the classes {shown(other)} and {shown(name)} differ only in case; if they are one, spell them alike"
-
-
 def _split(part: Part, names: dict[int | str, str]) -> Split:
+    for path, line, _, label, named in part.rows:
+        if (name := names.get(label)) is None:
+            known = ", ".join(map(shown, list(names)[:10]))
+            raise row_error(path, line, f"label {shown(label)} is not in the training part, which has {known}")
+        if named and name not in (named, str(label)):
+            message = f"label {shown(label)} is called {shown(named)}, but {shown(name)} in the training part"
+            raise row_error(path, line, f"{message}; choose one name")
     numbers = {label: number for number, label in enumerate(names)}
-    for row in part.rows:
-        name = names.get(row.label)
-        if name is None:
-            known = ", ".join(shown(label) for label in list(names)[:10])
-            message = f"label {shown(row.label)} is not in the training part, which has {known}"
-            raise row_error(row.path, row.line, message)
-        if row.name and name not in (row.name, str(row.label)):
-            message = f"label {shown(row.label)} is called {shown(row.name)}, but {shown(name)} in the training part"
-            raise row_error(row.path, row.line, f"{message}; choose one name")
     return Split([row.text for row in part.rows], np.array([numbers[row.label] for row in part.rows], dtype=np.int64))

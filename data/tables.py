@@ -64,9 +64,14 @@ def read_rows(
     for line, fields in _read_fields(path, wanted):
         if not names:
             names, label = choose_columns(path, line, fields, wanted)
-        if labelled and label not in fields:
-            raise row_error(path, line, f'"{label}" is missing; each row needs one')
-        text = " ".join([_text(path, line, fields, name) for name in names])
+        if missing := [name for name in ([*names, label] if labelled else names) if name not in fields]:
+            raise row_error(path, line, f'"{missing[0]}" is missing; each row needs one')
+        for value in (fields[name] for name in names):
+            if not isinstance(value, str):
+                raise row_error(path, line, f"the text {shown(value)} is not a string; put it in quotes")
+        text = " ".join([fields[name] for name in names])
+        if not is_unicode(text):
+            raise row_error(path, line, "the text contains half a character (a lone surrogate); remove it")
         yield Row(line, text, fields.get(label) if label else None, fields)
 
 
@@ -101,17 +106,6 @@ def folded(name: str) -> str:
     return unicodedata.normalize("NFC", name.strip()).casefold()
 
 
-def _text(path: Path | None, line: int, fields: dict[str, Any], name: str) -> str:
-    if name not in fields:
-        raise row_error(path, line, f'"{name}" is missing; each row needs one')
-    text = fields[name]
-    if not isinstance(text, str):
-        raise row_error(path, line, f"the text {shown(text)} is not a string; put it in quotes")
-    if not is_unicode(text):
-        raise row_error(path, line, "the text contains half a character (a lone surrogate); remove it")
-    return text
-
-
 def is_unicode(text: str) -> bool:
     """Whether it has no lone surrogate, which comes from a byte that is not UTF-8 or from a JSON escape such as \\ud800."""
     try:
@@ -141,7 +135,10 @@ def _read_fields(path: Path | None, wanted: Wanted) -> Iterator[tuple[int, dict[
     is_text = suffix in TEXTS and not wanted.labelled
     try:
         with open(0 if path is None else path, "rb", closefd=path is not None) as binary:  # 0 is standard input
-            encoding = _encoding(binary.peek(2)[:2], is_text)
+            start = binary.peek(2)[:2]
+            encoding = "utf-16" if start in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+            if b"\0" in start and not is_text:  # no table in UTF-8 begins so
+                encoding = "utf-16-be" if start[0] == 0 else "utf-16-le"
             # Bytes that are not UTF-8 become lone surrogates, in which _utf8_lines sees the line that they are in.
             lines = _utf8_lines(path, io.TextIOWrapper(binary, encoding, "surrogateescape", newline=""))
             if is_text:
@@ -156,24 +153,13 @@ def _read_fields(path: Path | None, wanted: Wanted) -> Iterator[tuple[int, dict[
         raise UserError(f"{path or 'standard input'} begins as UTF-16, but is not; save the file as UTF-8") from error
 
 
-def _encoding(start: bytes, is_text: bool) -> str:
-    if start in (b"\xff\xfe", b"\xfe\xff"):
-        return "utf-16"
-    if b"\0" in start and not is_text:  # no table in UTF-8 begins so
-        return "utf-16-be" if start[0] == 0 else "utf-16-le"
-    return "utf-8-sig"
-
-
 def _utf8_lines(path: Path | None, file: Iterable[str]) -> Iterator[str]:
     for number, line in enumerate(file, 1):
         if not is_unicode(line):
-            content = line.encode("utf-8", "surrogateescape")
-            place = len(re.split("[\udc80-\udcff]", line)[0].encode())
-            excerpt = content[max(0, place - 12) : place + 12].decode("cp1252", "replace").strip()
-            guess = ""
-            if "\ufffd" not in excerpt:
-                name = shlex.quote(str(path)) if path else ""
-                guess = f" (if {shown(excerpt)} reads right: iconv -f WINDOWS-1252 -t UTF-8 {name} > NEW_FILE)"
+            place = len(re.split("[\udc80-\udcff]", line)[0])
+            excerpt = line[max(0, place - 12) : place + 12].encode("utf-8", "surrogateescape").decode("cp1252", "replace")
+            command = f"iconv -f WINDOWS-1252 -t UTF-8 {shlex.quote(str(path)) if path else ''} > NEW_FILE"
+            guess = "" if "\ufffd" in excerpt else f" (if {shown(excerpt.strip())} reads right: {command})"
             raise row_error(path, number, f"not UTF-8{guess}; save the file as UTF-8")
         yield line
 
@@ -182,23 +168,20 @@ def _utf8_lines(path: Path | None, file: Iterable[str]) -> Iterator[str]:
 
 
 def _json_rows(path: Path | None, lines: Iterator[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """One object per line, or one array of objects; each with the line where it begins."""
     is_first = True
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        if is_first and line.lstrip().startswith("["):
-            yield from _array_rows(path, number, line + "".join(lines))
-        else:
-            line = line.rstrip("\r\n")
-            fields, end = _object_at(path, number, number, line, len(line) - len(line.lstrip()))
-            if line[end:].strip():
+    for number, text in enumerate(lines, 1):
+        if is_first and text.lstrip().startswith("["):
+            yield from _array_rows(path, number, text + "".join(lines))
+        elif text.strip():
+            is_first, text = False, text.rstrip("\r\n")
+            fields, end = _object_at(path, number, number, text, len(text) - len(text.lstrip()))
+            if text[end:].strip():
                 raise row_error(path, number, f"not JSON (more than one value, at column {end + 1}); {JSON_REMEDY}")
             yield number, fields
-        is_first = False
 
 
 def _array_rows(path: Path | None, first_line: int, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of [{...}, {...}], each with the line where it begins."""
     line, before = first_line, 0
     mark = re.compile(r"\s*\[\s*(\])?").match(text)
     while mark and not mark[1]:
@@ -213,21 +196,19 @@ def _array_rows(path: Path | None, first_line: int, text: str) -> Iterator[tuple
 def _object_at(path: Path | None, first_line: int, line: int, text: str, start: int) -> tuple[dict[str, Any], int]:
     """The JSON object at `start` of a text that begins on `first_line`, and where it ends. The object begins on `line`."""
 
-    def fields_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(fields := dict(pairs)) < len(pairs):
-            name = next(name for name in fields if [other for other, _ in pairs].count(name) > 1)
+            name = Counter(name for name, _ in pairs).most_common(1)[0][0]
             raise row_error(path, line, f"{shown(name)} is there twice; remove one of the two")
         return fields
 
     try:
-        fields, end = json.JSONDecoder(object_pairs_hook=fields_of).raw_decode(text, start)
-    except json.JSONDecodeError as error:
-        message = f"not JSON ({error.msg} at column {error.colno}); {JSON_REMEDY}"
-        raise row_error(path, first_line + error.lineno - 1, message) from error
-    except UserError:
-        raise
+        fields, end = json.JSONDecoder(object_pairs_hook=once).raw_decode(text, start)
     except (ValueError, RecursionError) as error:
-        raise row_error(path, line, f"not JSON ({error}); {JSON_REMEDY}") from error
+        reason = str(error)
+        if isinstance(error, json.JSONDecodeError):
+            reason, line = f"{error.msg} at column {error.colno}", first_line + error.lineno - 1
+        raise row_error(path, line, f"not JSON ({reason}); {JSON_REMEDY}") from error
     if not isinstance(fields, dict):
         raise row_error(path, line, 'not a JSON object; write {"text": ...} on each line')
     return fields, end
@@ -241,10 +222,11 @@ def _table_rows(
     start = 1
     if sample and (told := re.fullmatch(r'"?sep=(.)"?\s*', sample[0])):  # Excel's own way
         start, delimiters, sample = 2, told[1], sample[1:]
-    delimiter = max(delimiters, key=lambda delimiter: _fit(sample, delimiter))
+    samples = {delimiter: _sample_values(sample, delimiter) for delimiter in delimiters}
+    delimiter = max(samples, key=lambda delimiter: _fit(samples[delimiter]))
     rows = _values(path, itertools.chain(sample, lines), delimiter, start)
     for line, values in itertools.islice(rows, 1):
-        columns, header = _columns(values, _sample_values(sample, delimiter), wanted)
+        columns, header = _columns(values, samples[delimiter], wanted)
         if twice := [name for name, times in Counter(map(folded, columns)).items() if times > 1]:
             raise row_error(path, line, f"two columns are called {shown(twice[0])}; rename one of them")
         choose_columns(path, line, dict(zip(columns, values, strict=True)), wanted)
@@ -259,15 +241,15 @@ def _table_rows(
         yield line, dict(zip(columns, values, strict=False))  # empty fields at the end are Excel's
 
 
-def _fit(sample: list[str], delimiter: str) -> tuple[float, int]:
+def _fit(rows: list[list[str]]) -> tuple[float, int]:
     """How well a delimiter fits: by the share of rows with as many fields as the first, then by the number of fields."""
-    widths = [len(values) for values in _sample_values(sample, delimiter)]
-    return (widths.count(widths[0]) / len(widths), widths[0]) if widths and widths[0] > 1 else (0, 0)
+    fields = [len(values) for values in rows]
+    return (fields.count(fields[0]) / len(fields), fields[0]) if fields and fields[0] > 1 else (0, 0)
 
 
 def _sample_values(sample: list[str], delimiter: str) -> list[list[str]]:
     rows: list[list[str]] = []
-    with contextlib.suppress(UserError):
+    with contextlib.suppress(UserError):  # also in the middle of a row
         rows.extend(values for _, values in _values(None, iter(sample), delimiter, 1))
     return rows
 

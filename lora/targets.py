@@ -1,9 +1,6 @@
 """Which modules a configuration names. Names are matched exactly as peft matches them."""
 
-import json
 import re
-import subprocess
-import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,8 +13,7 @@ from lora.errors import UserError
 USUAL_TARGETS = {kind: ["query", "value"] for kind in ("bert", "roberta", "xlm-roberta", "electra")}
 USUAL_TARGETS |= {"deberta-v2": ["query_proj", "value_proj"], "distilbert": ["q_lin", "v_lin"]}
 END = r"(.*\.)?({})"  # an expression for the end of a name, from its start or a dot on
-SECONDS = 10  # for patterns that are not simple
-MATCH = "import json,re,sys;p,n=json.load(sys.stdin);print(json.dumps([[s for s in n if re.fullmatch(e, s)] for e in p]))"
+MOST_REPEATS = 4  # in a regular expression
 
 
 def find_targets(model: nn.Module, config: LoraConfig, head: list[str], strict: bool = True) -> list[str]:
@@ -139,23 +135,21 @@ def _ends(name: str) -> list[str]:
 
 
 def _match(option: str, patterns: list[str], names: list[str], within: str = "{}") -> list[list[str]]:
-    """The names that each pattern, put into `within`, matches as a whole. Raises UserError if it is invalid or takes too long.
+    """The names that each pattern, put into `within`, matches as a whole. Raises UserError if it is invalid or could take long.
 
-    `re` may never end over a pattern such as `([a-z]+)+!`, and files come from strangers. So patterns that are not simple are
-    matched in a process of their own, within `SECONDS`.
+    `re` may never end over a pattern such as `([a-z]+)+!`, and files come from strangers.
     """
-    try:
-        expressions = [re.compile(within.format(pattern := each)) for each in patterns]
-        simple = [each for each in patterns if len(re.findall(r"[*+?{|]", each)) < 4 and not re.search(r"\)[*+{]", each)]
-        if len(simple) == len(patterns) <= 100:
-            return [[name for name in names if expression.fullmatch(name)] for expression in expressions]
-        command, text = [sys.executable, "-ISc", MATCH], json.dumps([[each.pattern for each in expressions], names])
-        done = subprocess.run(command, input=text.encode(), stdout=subprocess.PIPE, timeout=SECONDS, check=True)
-        return json.loads(done.stdout)
-    except (re.error, OverflowError, RecursionError) as error:  # invalid, too long or too deep
-        raise UserError(f"{option}: {pattern!r:.99} is not a valid regular expression: {error}") from error
-    except (OSError, subprocess.SubprocessError) as error:
-        raise UserError(f"{option}: {patterns!r:.99} takes too long to match. Write a simpler expression") from error
+    found = []
+    for pattern in patterns:
+        if len(re.findall(r"[*+{]", pattern)) > MOST_REPEATS or re.search(r"\)[*+{]", pattern):
+            remedy = f"Write at most {MOST_REPEATS} of * + {{, and none behind a group"
+            raise UserError(f"{option}: {pattern!r:.99} takes too long to match. {remedy}")
+        try:
+            expression = re.compile(within.format(pattern))
+        except (re.error, OverflowError, RecursionError) as error:  # invalid, too long or too deep
+            raise UserError(f"{option}: {pattern!r:.99} is not a valid regular expression: {error}") from error
+        found.append([name for name in names if expression.fullmatch(name)])
+    return found
 
 
 def _last_parts(names: list[str]) -> str:

@@ -52,8 +52,8 @@ ADDED = {
     "torchrun": f" {SHORT} {{new}} --dataset sample",
 }
 # Not run by test_every_command_runs. Installation: by the slow test below. `python train.py`: by conftest.py. break_it.py,
-# faults.py and fuzz.py: by their own tests. soak.py and break_it.py --train take ten minutes and more. pip-audit needs a network, an upload
-# an account. `python -m tests.test_readme` writes into the README.
+# faults.py and fuzz.py: by their own tests. soak.py and break_it.py --train take ten minutes and more. pip-audit needs a
+# network, an upload an account. `python -m tests.test_readme` writes into the README.
 ELSEWHERE = re.compile(
     r"(pip install|git clone|hf upload|pytest|pip-audit|python tests/robustness/(break_it|faults|fuzz|soak)\.py)\b.*"
     r"|python train\.py|python -m tests\.test_readme"

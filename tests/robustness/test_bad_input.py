@@ -305,6 +305,16 @@ def test_a_json_array_is_refused_with_the_line_of_the_object(tmp_path):
     assert "has no rows" in data_refusal(tmp_path, train_json="[ ]\n")
 
 
+def test_a_folder_for_each_class_is_checked_as_a_table_is(tmp_path):
+    (tmp_path / "train").mkdir()
+    assert "no folder for each class with .txt files" in refusal(load_dataset, str(tmp_path))
+    for name, text in {"neg": "bad", "pos": " \n"}.items():
+        (tmp_path / "train" / name).mkdir()
+        (tmp_path / "train" / name / "0.txt").write_text(text)
+    message = refusal(load_dataset, str(tmp_path))
+    assert message == f"{tmp_path / 'train' / 'pos' / '0.txt'}, line 1: the text is empty; fill it in or remove the row"
+
+
 def test_a_folder_in_place_of_a_file_is_refused(tmp_path):
     (tmp_path / "train.jsonl").mkdir()
     (tmp_path / "test.jsonl").mkdir()
