@@ -6,7 +6,6 @@ Each claim runs the same lines with both libraries, or says what is refused here
 import dataclasses
 import inspect
 import re
-import time
 import warnings
 
 import peft
@@ -146,20 +145,18 @@ def test_a_file_is_read_as_peft_reads_it(change, tmp_path):
 # ---- patterns and lists of any size
 
 
-def test_an_expression_that_backtracks_is_given_up(monkeypatch):
-    monkeypatch.setattr("lora.targets.SECONDS", 0.2)
-    hostile = r"([a-z0-9_.]+)+!"
-    for options in ({"target_modules": hostile}, {"exclude_modules": hostile}, {"rank_pattern": {hostile: 2}}):
-        start = time.monotonic()
-        with pytest.raises(UserError, match=f"{next(iter(options))}.* takes too long to match"):
-            adapted(**options)
-        assert time.monotonic() - start < 10
+@pytest.mark.parametrize("hostile", [r"([a-z0-9_.]+)+!", "(a|a){9}!", ".*" * 30 + "!"])
+@pytest.mark.parametrize("option", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"])
+def test_an_expression_that_could_backtrack_for_ever_is_refused(option, hostile):
+    with pytest.raises(UserError, match=f"{option}: .* takes too long to match"):
+        adapted(**{option: {hostile: 2} if option.endswith("pattern") else hostile})
 
 
 @pytest.mark.parametrize(
-    "wanted", [r"(?:.*?(?:layer|h).*?(?:attention).*?(?:q_lin|k_lin).*?)", r"(\w+\.)+lin\d", r"^(?!.*(\w+2)$).*\.ffn\.lin.*"]
+    "wanted",
+    [r"(?:.*?(?:layer|h).*?(?:attention).*?(?:q_lin|k_lin).*?)", r"^(?!.*(\w+2)$).*\.ffn\.lin.*", r".*layer\.[0-5]\..*_lin$"],
 )
-def test_expressions_that_take_a_process_match_as_in_re(wanted):
+def test_other_expressions_match_as_in_re(wanted):
     names = [name for name, module in base_model().named_modules() if type(module) is nn.Linear]
     found = find_targets(base_model(), LoraConfig(target_modules=wanted), [])
     assert found == [name for name in names if re.fullmatch(wanted, name)]
