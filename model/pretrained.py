@@ -130,31 +130,27 @@ def save_pretrained(
     `max_length`: tokens per text, as in training [as many as the model reads]. Raises UserError if `folder` exists and is not
     empty, or cannot be written.
     """
+    label_names = label_names or [f"LABEL_{i}" for i in range(classifier.config.num_labels)]
     with new_folder(folder) as new:
-        write_model(classifier, tokenizer, new, label_names, max_length)
+        write_model(classifier, tokenizer, new, label_names, max_length or classifier.config.max_position_embeddings)
 
 
 def write_model(
-    classifier: DistilBertForSequenceClassification,
-    tokenizer: Tokenizer,
-    folder: Path,
-    label_names: list[str] | None = None,
-    max_length: int | None = None,
+    classifier: DistilBertForSequenceClassification, tokenizer: Tokenizer, folder: Path, label_names: list[str], max_length: int
 ) -> None:
     """The files of `save_pretrained`, into a folder that exists."""
-    names = label_names or [f"LABEL_{i}" for i in range(classifier.config.num_labels)]
     config = asdict(classifier.config) | {
         "model_type": "distilbert",
         "architectures": ["DistilBertForSequenceClassification"],
         "activation": "gelu",
-        "id2label": dict(enumerate(names)),
-        "label2id": {name: i for i, name in enumerate(names)},
+        "id2label": dict(enumerate(label_names)),
+        "label2id": {name: i for i, name in enumerate(label_names)},
     }
     del config["num_labels"]  # transformers counts id2label
     weights = {key: tensor.detach().float().cpu().contiguous() for key, tensor in classifier.state_dict().items()}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "model.safetensors").write_bytes(safetensors.torch.save(weights, metadata={"format": "pt"}))
-    write_tokenizer(tokenizer, max_length or classifier.config.max_position_embeddings, folder)
+    write_tokenizer(tokenizer, max_length, folder)
 
 
 class no_init_weights(TorchFunctionMode):  # noqa: N801 - a context manager, in lower case like torch.no_grad

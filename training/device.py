@@ -1,5 +1,6 @@
 """The device, the arithmetic, and how much memory was used."""
 
+import contextlib
 import functools
 import os
 import platform
@@ -105,14 +106,11 @@ def peak_memory_mb(device: torch.device) -> float | None:
     """Peak memory of this process (on a GPU: of its tensors) in MB; None if the system does not say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    try:
-        with open("/proc/self/status") as status:  # Linux
-            return next(int(line.split()[1]) * 1024 / 1e6 for line in status if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        pass
-    try:
-        import resource  # macOS and other systems without /proc
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # on Linux it includes the parent's peak, so /proc comes first
-    return peak * (1 if sys.platform == "darwin" else 1024) / 1e6  # macOS counts bytes, others KiB
+    with contextlib.suppress(OSError, StopIteration), open("/proc/self/status") as status:  # Linux
+        return next(int(line.split()[1]) * 1024 / 1e6 for line in status if line.startswith("VmHWM"))
+    with contextlib.suppress(ImportError):
+        import resource  # macOS and others; on Linux it includes the parent's peak, so /proc comes first
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak * (1 if sys.platform == "darwin" else 1024) / 1e6  # macOS counts bytes, others KiB
+    return None

@@ -1,7 +1,7 @@
 """The same arithmetic in less time on a CPU. You do not need this file to understand the rest.
 
-`with Fast(model, dtype):` replaces three functions of torch by faster ones; the model itself does not change. What each one buys
-depends on the processor: `python bench/tricks.py` measures it, and bench/README.md has the figures of two.
+`with Fast(model, dtype):` replaces three functions of torch by faster ones; the model itself does not change. What each
+buys depends on the processor: `python bench/tricks.py` measures it, and bench/README.md has the figures of two.
 """
 
 import functools
