@@ -13,8 +13,12 @@ from model.distilbert import DistilBertConfig
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 READS_TOKENIZER_JSON = ("PreTrainedTokenizerFast", "TokenizersBackend")  # classes of transformers that take it as it is
-# The others build their own BertNormalizer from tokenizer_config.json: the name there -> the name in tokenizers.
-NORMALIZER = {"do_lower_case": "lowercase", "strip_accents": "strip_accents", "tokenize_chinese_chars": "handle_chinese_chars"}
+# The others build their own BertNormalizer from tokenizer_config.json: the name there, its default -> the name in tokenizers.
+NORMALIZER = {
+    ("do_lower_case", True): "lowercase",
+    ("strip_accents", None): "strip_accents",
+    ("tokenize_chinese_chars", True): "handle_chinese_chars",
+}
 
 
 def read_tokenizer(path: Path, config: DistilBertConfig) -> Tokenizer:
@@ -44,22 +48,23 @@ def read_tokenizer(path: Path, config: DistilBertConfig) -> Tokenizer:
 
 
 def _obey_tokenizer_config(tokenizer: Tokenizer, path: Path) -> None:
-    """What tokenizer_config.json says of capitals, accents and Chinese wins over tokenizer.json, as in transformers."""
-    options = read_json(path) if path.is_file() else {}
+    """What tokenizer_config.json says of capitals, accents and Chinese, or leaves out, wins, as in transformers."""
+    if not path.is_file():
+        return
+    options = read_json(path)
     if options.get("truncation_side", "right") != "right":
         raise UserError(f"{path}: truncation_side is {options['truncation_side']!r}; only 'right' is supported")
     if options.get("tokenizer_class") in READS_TOKENIZER_JSON:
         return
     normalizer = tokenizer.normalizer
-    for theirs, ours in NORMALIZER.items():
-        if theirs not in options:
-            continue
-        value = options[theirs]
+    lowers = normalizer is not None and normalizer.normalize_str("A") == "a"
+    for (theirs, default), ours in NORMALIZER.items():
+        value = options.get(theirs, default)
         if not isinstance(value, bool) and (value is not None or theirs != "strip_accents"):
             raise UserError(f"{path}: {theirs} is {value!r}; it must be true or false")
         if isinstance(normalizer, BertNormalizer):
             setattr(normalizer, ours, value)
-        elif theirs == "do_lower_case" and value != (normalizer is not None and normalizer.normalize_str("A") == "a"):
+        elif theirs == "do_lower_case" and options.get(theirs, lowers) != lowers:
             raise UserError(f"{path}: do_lower_case is {value}, but {TOKENIZER} does otherwise: mend the one that is wrong")
 
 

@@ -39,7 +39,8 @@ class Trained:
 
 def read_trained(folder: Path, base: str | None) -> Trained:
     """What is in a folder; `base` replaces the base model that an adapter names. Raises UserError as `load_classifier`."""
-    folder = next((folder / part for part in PARTS if (folder / part).is_dir()), folder)
+    if not any((folder / name).is_file() for name in ("config.json", CONFIG_FILE)):  # of a run that holds one
+        folder = next((folder / part for part in PARTS if (folder / part).is_dir()), folder)
     is_whole = (folder / "config.json").is_file() and not (folder / CONFIG_FILE).is_file()
     if is_whole:
         if base is not None:
