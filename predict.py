@@ -9,12 +9,12 @@ python predict.py an/adapter/of/peft --model distilbert-base-uncased < texts   r
 if __name__ == "__main__":
     import training.interrupt  # noqa: F401 - Ctrl-C during the imports below
 
+import argparse
 import contextlib
 import io
 import itertools
 import json
 import os
-import stat
 import sys
 import time
 from collections import Counter
@@ -22,34 +22,31 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError, run_cli
-from common.files import read_json
 from data import Row, open_table, read_rows
 from data.tables import TEXTS
 from training.evaluation import progress_bar
 from training.inference import CHUNK, in_parts, load_classifier
 from training.options import Parser
+from training.trained_folder import run_results
 
 SAMPLE = 256  # texts on which int8 is compared with float32
 
 
-def run(arguments: list[str] | None) -> None:
+def read_options(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("folder", type=Path, help="a run folder, or an adapter folder written here or by peft")
-    parser.add_argument("texts", nargs="*", help="texts to label [those of --input, or of standard input]")
-    parser.add_argument(
-        "--input", type=Path, help="file with texts: a table (.csv, .tsv, .jsonl, .json), or .txt with one text per line"
-    )
-    parser.add_argument(
-        "--text-column", nargs="+", default=(), help="columns of --input with the text [as in training, or text]"
-    )
-    parser.add_argument("--output", type=Path, help="file for --input with a label and a score in each row: .csv, .tsv, .jsonl")
-    parser.add_argument("--threshold", type=float, default=0.0, help="give no label to a text with a lower score [0]")
-    parser.add_argument("--json", action="store_true", help="print JSON Lines for texts on the command line, too")
-    parser.add_argument("--model", help="the base model [the one that the adapter names]")
-    parser.add_argument("--max-length", type=int, help="maximum tokens per text; the rest is cut off [as in training]")
+    add = parser.add_argument
+    add("folder", type=Path, help="a run folder, or an adapter folder written here or by peft")
+    add("texts", nargs="*", help="texts to label [those of --input, or of standard input]")
+    add("--input", type=Path, help="file with texts: a table (.csv, .tsv, .jsonl, .json), or .txt with one text per line")
+    add("--text-column", nargs="+", default=(), help="columns of --input with the text [as in training, or text]")
+    add("--output", type=Path, help="file for --input with a label and a score in each row: .csv, .tsv, .jsonl")
+    add("--threshold", type=float, default=0.0, help="give no label to a text with a lower score [0]")
+    add("--json", action="store_true", help="print JSON Lines for texts on the command line, too")
+    add("--model", help="the base model [the one that the adapter names]")
+    add("--max-length", type=int, help="maximum tokens per text; the rest is cut off [as in training]")
     types = ("auto", "float32", "bfloat16", "int8")
-    parser.add_argument("--dtype", default="auto", choices=types, help="float32, bfloat16, int8, or auto, the fastest [auto]")
-    parser.add_argument("--device", default="auto", help="auto (the best available), cpu, cuda, mps [auto]")
+    add("--dtype", default="auto", choices=types, help="float32, bfloat16, int8, or auto, the fastest [auto]")
+    add("--device", default="auto", help="auto (the best available), cpu, cuda, mps [auto]")
     options = parser.parse_intermixed_args(arguments)
     if options.texts and options.input is not None:
         raise UserError("both texts and --input were given. Choose one of them")
@@ -59,19 +56,22 @@ def run(arguments: list[str] | None) -> None:
         from training.artifacts import refuse_own_files  # here: it imports the hub's client
 
         refuse_own_files(options.output, options.folder, "--output")
-    if options.output and options.input:
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samefile(options.input, options.output):
-                raise UserError(f"--output would overwrite --input {options.input}. Name another file")
+        if options.input and options.output.exists() and options.input.exists() and options.output.samefile(options.input):
+            raise UserError(f"--output would overwrite --input {options.input}. Name another file")
+    return options
 
-    is_whole = bool(options.texts) or is_file(options.input)  # nothing has to be waited for
+
+def run(arguments: list[str] | None) -> None:
+    options = read_options(arguments)
+    source = 0 if options.input is None else options.input
+    is_stream = not options.texts and os.path.exists(source) and not os.path.isfile(source)  # a pipe or a keyboard
     with contextlib.ExitStack() as stack:
         table = stack.enter_context(open_table(options.output)) if options.output else None
         rows = read_rows(options.input, options.text_column or text_columns(options.folder, options.input))
         if options.texts:
             rows = (Row(number, text, None, {"text": text}) for number, text in enumerate(options.texts, 1))
-        parts = in_parts(rows, wait=is_whole)
-        first = next(parts, []) if is_whole else []
+        parts = in_parts(rows, wait=not is_stream)
+        first = [] if is_stream else next(parts, [])
         sample = [row.text for row in first[:SAMPLE]] if len(first) == CHUNK else []  # with fewer texts, it does not pay
         classifier = load_classifier(options.folder, options.model, options.device, options.max_length, options.dtype, sample)
         if not options.texts:
@@ -90,8 +90,7 @@ def run(arguments: list[str] | None) -> None:
                     print_scores(answer)
                 else:
                     print(json.dumps(answer, ensure_ascii=sys.stdout.encoding != "utf-8"))
-                if "reason" in answer:
-                    reasons[answer["reason"]] += 1
+                reasons.update([answer["reason"]] if "reason" in answer else [])
                 bar.update()
             sys.stdout.flush()
             labelled += len(part)
@@ -102,12 +101,9 @@ def run(arguments: list[str] | None) -> None:
         print(f"saved {options.output}")
 
 
-def text_columns(run: Path, source: Path | None) -> list[str]:
+def text_columns(folder: Path, source: Path | None) -> list[str]:
     """The columns of text that the run was trained on, if `source` is a table and the run says some."""
-    path = run / "results.json"
-    if source is None or source.suffix.lower() in TEXTS or not path.is_file():
-        return []
-    options = read_json(path).get("options")
+    options = {} if source is None or source.suffix.lower() in TEXTS else run_results(folder).get("options")
     return list(options.get("text_column") or []) if isinstance(options, dict) else []
 
 
@@ -117,14 +113,6 @@ def print_scores(answer: dict[str, Any]) -> None:
         print(f"  no label: {answer['reason']}")
     for name, score in sorted(answer["scores"].items(), key=lambda item: -item[1]):
         print(f"  {score:.4f}  {name}")
-
-
-def is_file(path: Path | None) -> bool:
-    """Whether all of the input is there already: it does not come from a pipe or a keyboard."""
-    try:
-        return stat.S_ISREG(os.stat(0 if path is None else path).st_mode)
-    except OSError:  # reading it will tell
-        return True
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -6,12 +6,10 @@ from model.pretrained import (
     EMBEDDED,
     EMBEDDED_ON_HUB,
     load_pretrained,
-    read_max_length,
     read_model_config,
-    read_tokenizer,
     resolve_revision,
     save_pretrained,
     weights_sha256,
     write_model,
-    write_tokenizer,
 )
+from model.tokenizer import read_max_length, read_tokenizer, write_tokenizer

@@ -1,4 +1,4 @@
-"""Load a model from the hub or a folder (configuration, safetensors weights, tokenizer), and save one in the hub's format.
+"""Load a model from the hub or a folder: configuration and safetensors weights. Save one in the hub's format.
 
 A BERT encoder is a DistilBERT with two additions: a token-type embedding, which is constant for one segment, and a pooler,
 which is not used here. So BERT-family checkpoints (bert-base-uncased, MiniLM, TinyBERT, bge-small) load through BERT_NAMES.
@@ -19,13 +19,13 @@ from typing import Any
 import safetensors.torch
 import torch
 from tokenizers import Tokenizer
-from tokenizers.normalizers import BertNormalizer
 from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
 from common.errors import FileNotOnHub, HubUnreachable, UserError
-from common.files import new_folder, read_bytes, read_json, read_safetensors, sha256_of_file
+from common.files import new_folder, read_json, read_safetensors, sha256_of_file
 from model.distilbert import DistilBertConfig, DistilBertForSequenceClassification, init_weights
+from model.tokenizer import TOKENIZER, TOKENIZER_CONFIG, read_tokenizer, write_tokenizer
 
 # BERT's name -> ours: of fields of config.json, and of parts of weight keys, which are replaced in this order.
 BERT_CONFIG = {
@@ -50,13 +50,10 @@ BERT_NAMES = {
     "output.LayerNorm": "output_layer_norm",
 }
 SUPPORTED = {"activation": "gelu", "hidden_act": "gelu", "layer_norm_eps": 1e-12, "position_embedding_type": "absolute"}
+SUPPORTED |= {"is_decoder": False}  # a decoder's tokens do not see those after them
 HEAD = ("pre_classifier.weight", "pre_classifier.bias", "classifier.weight", "classifier.bias")  # may be missing
 TOKEN_TYPES, POSITIONS = (f"distilbert.embeddings.{kind}_embeddings.weight" for kind in ("token_type", "position"))
 UNUSED = ("vocab_", "cls.", "pooler.", "embeddings.position_ids")  # masked-language-model heads and pooler: not read
-TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
-READS_TOKENIZER_JSON = ("PreTrainedTokenizerFast", "TokenizersBackend")  # classes of transformers that take it as it is
-# The others build their own BertNormalizer from tokenizer_config.json: the name there -> the name in tokenizers.
-NORMALIZER = {"do_lower_case": "lowercase", "strip_accents": "strip_accents", "tokenize_chinese_chars": "handle_chinese_chars"}
 MOST_CLASSES = 1 << 16
 LARGEST = 1 << 20  # bound on the numbers in a configuration; the largest known vocabulary has half as many words
 
@@ -133,58 +130,27 @@ def save_pretrained(
     `max_length`: tokens per text, as in training [as many as the model reads]. Raises UserError if `folder` exists and is not
     empty, or cannot be written.
     """
+    label_names = label_names or [f"LABEL_{i}" for i in range(classifier.config.num_labels)]
     with new_folder(folder) as new:
-        write_model(classifier, tokenizer, new, label_names, max_length)
+        write_model(classifier, tokenizer, new, label_names, max_length or classifier.config.max_position_embeddings)
 
 
 def write_model(
-    classifier: DistilBertForSequenceClassification,
-    tokenizer: Tokenizer,
-    folder: Path,
-    label_names: list[str] | None = None,
-    max_length: int | None = None,
+    classifier: DistilBertForSequenceClassification, tokenizer: Tokenizer, folder: Path, label_names: list[str], max_length: int
 ) -> None:
     """The files of `save_pretrained`, into a folder that exists."""
-    names = label_names or [f"LABEL_{i}" for i in range(classifier.config.num_labels)]
     config = asdict(classifier.config) | {
         "model_type": "distilbert",
         "architectures": ["DistilBertForSequenceClassification"],
         "activation": "gelu",
-        "id2label": dict(enumerate(names)),
-        "label2id": {name: i for i, name in enumerate(names)},
+        "id2label": dict(enumerate(label_names)),
+        "label2id": {name: i for i, name in enumerate(label_names)},
     }
     del config["num_labels"]  # transformers counts id2label
     weights = {key: tensor.detach().float().cpu().contiguous() for key, tensor in classifier.state_dict().items()}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "model.safetensors").write_bytes(safetensors.torch.save(weights, metadata={"format": "pt"}))
-    write_tokenizer(tokenizer, max_length or classifier.config.max_position_embeddings, folder)
-
-
-def write_tokenizer(tokenizer: Tokenizer, max_length: int, folder: Path) -> None:
-    """tokenizer.json, and tokenizer_config.json with `max_length`, to which transformers cuts texts, too (truncation=True)."""
-    special = {name: f"[{name[:-6].upper()}]" for name in ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")}
-    config = {"tokenizer_class": READS_TOKENIZER_JSON[0], "model_max_length": max_length}
-    config |= {"model_input_names": ["input_ids", "attention_mask"]}  # DistilBERT takes no token_type_ids
-    config |= {name: token for name, token in special.items() if tokenizer.token_to_id(token) is not None}
-    (folder / TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    (folder / TOKENIZER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def read_max_length(folder: Path) -> int | None:
-    """The maximum tokens per text in a folder's tokenizer files; None if they say none.
-
-    The smaller of `model_max_length` in tokenizer_config.json and of the truncation in tokenizer.json, which a tokenizer of
-    transformers keeps from its last use. Raises UserError if it is not a number above 2.
-    """
-    lengths = {}
-    if (path := folder / TOKENIZER_CONFIG).is_file():
-        lengths[path] = read_json(path).get("model_max_length")
-    if (path := folder / TOKENIZER).is_file() and isinstance(truncation := read_json(path).get("truncation"), dict):
-        lengths[path] = truncation.get("max_length")
-    for path, length in lengths.items():
-        if length is not None and not (type(length) in (int, float) and length > 2):
-            raise UserError(f"{path}: the maximum length is {length!r}. It must be a number above 2")
-    return min((int(length) for length in lengths.values() if length is not None), default=None)
+    write_tokenizer(tokenizer, max_length, folder)
 
 
 class no_init_weights(TorchFunctionMode):  # noqa: N801 - a context manager, in lower case like torch.no_grad
@@ -239,71 +205,24 @@ def _read_config(path: Path, num_labels: int) -> DistilBertConfig:
     for key, supported in SUPPORTED.items():
         if raw.get(key, supported) != supported:
             raise UserError(f"{path}: {key} is {raw[key]!r}; only {supported!r} is supported")
-    if kind == "bert":
-        for theirs, ours in BERT_CONFIG.items():
-            if theirs in raw and raw.setdefault(ours, raw[theirs]) != raw[theirs]:
-                raise UserError(
-                    f"{path}: {theirs} is {raw[theirs]!r}, but {ours}, which means the same, is {raw[ours]!r}: remove one"
-                )
+    for theirs, ours in BERT_CONFIG.items() if kind == "bert" else ():
+        if theirs in raw and raw.setdefault(ours, raw[theirs]) != raw[theirs]:
+            both = f"{theirs} is {raw[theirs]!r}, but {ours}, which means the same, is {raw[ours]!r}"
+            raise UserError(f"{path}: {both}: remove one")
     values = {field.name: raw.get(field.name, field.default) for field in fields(DistilBertConfig)} | {"num_labels": num_labels}
     for field in fields(DistilBertConfig):
-        value = values[field.name]
-        kinds, low, high = ((int, float), 0, 1) if field.type is float else ((int,), int(field.name != "pad_token_id"), LARGEST)
-        if type(value) not in kinds or not low <= value < high:
-            kind = "number" if float in kinds else "whole number"
-            raise UserError(f"{path}: {field.name} is {value!r}; it must be a {kind}, at least {low} and below {high}")
+        name, value = field.name, values[field.name]
+        is_number = type(value) is int or (type(value) is float and field.type is float)
+        low, high = (0, 1) if field.type is float else (int(name != "pad_token_id"), LARGEST)
+        if not is_number or not low <= value < high:
+            number = "number" if field.type is float else "whole number"
+            raise UserError(f"{path}: {name} is {value!r}; it must be a {number}, at least {low} and below {high}")
     config = DistilBertConfig(**values)
     if config.dim % config.n_heads:
         raise UserError(f"{path}: dim {config.dim} is not divisible by n_heads {config.n_heads}")
     if config.pad_token_id >= config.vocab_size:
         raise UserError(f"{path}: pad_token_id {config.pad_token_id} is outside the vocabulary of {config.vocab_size} words")
     return config
-
-
-def read_tokenizer(path: Path, config: DistilBertConfig) -> Tokenizer:
-    """The tokenizer in a tokenizer.json, as the tokenizer_config.json beside it changes it. Raises UserError, with the file."""
-    if not os.path.lexists(path):
-        raise UserError(f"{path} is missing: only 'fast' tokenizers, which are one file, are supported")
-    content = read_bytes(path)
-    try:
-        tokenizer = Tokenizer.from_buffer(content)
-        tokenizer.no_padding()  # data/batching.py cuts and pads
-        tokenizer.no_truncation()
-        unknown = tokenizer.encode("\N{SAUROPOD}")  # an unknown word, which fails unless there is a token for such
-        empty = tokenizer.encode("")
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # the Rust library raises nothing narrower, and for a bug not even an Exception
-        raise UserError(f"{path} is not a tokenizer ({error}): download it again") from error
-    words = 1 + max(tokenizer.get_vocab().values(), default=-1)
-    if words > config.vocab_size:
-        raise UserError(f"{path} has {words} words, but the model has {config.vocab_size}: they do not belong together")
-    ends = [unknown.ids[0], unknown.ids[-1]] if len(unknown) > 2 else []
-    named = [tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]")]  # None where they have other names
-    if empty.ids != ends or len(ends) != 2 or any(id not in (None, end) for id, end in zip(named, ends, strict=True)):
-        raise UserError(f"{path} does not put a text between [CLS] and [SEP]: it is not a BERT tokenizer")
-    _obey_tokenizer_config(tokenizer, path.with_name(TOKENIZER_CONFIG))
-    return tokenizer
-
-
-def _obey_tokenizer_config(tokenizer: Tokenizer, path: Path) -> None:
-    """What tokenizer_config.json says of capitals, accents and Chinese wins over tokenizer.json, as in transformers."""
-    options = read_json(path) if path.is_file() else {}
-    if options.get("truncation_side", "right") != "right":
-        raise UserError(f"{path}: truncation_side is {options['truncation_side']!r}; only 'right' is supported")
-    if options.get("tokenizer_class") in READS_TOKENIZER_JSON:
-        return
-    normalizer = tokenizer.normalizer
-    for theirs, ours in NORMALIZER.items():
-        if theirs not in options:
-            continue
-        value = options[theirs]
-        if not isinstance(value, bool) and (value is not None or theirs != "strip_accents"):
-            raise UserError(f"{path}: {theirs} is {value!r}; it must be true or false")
-        if isinstance(normalizer, BertNormalizer):
-            setattr(normalizer, ours, value)
-        elif theirs == "do_lower_case" and value != (normalizer is not None and normalizer.normalize_str("A") == "a"):
-            raise UserError(f"{path}: do_lower_case is {value}, but {TOKENIZER} does otherwise: mend the one that is wrong")
 
 
 def _translate(tensors: dict[str, torch.Tensor], path: Path) -> dict[str, str]:
@@ -338,36 +257,24 @@ def _check_shapes(shapes: dict[str, tuple[int, ...]], config: DistilBertConfig, 
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}: it does not belong to its config.json")
     expected = dict(expected_shapes(config))
-    if (types := shapes.get(TOKEN_TYPES)) is not None:
-        if len(types) != 2 or not types[0] or types[1:] != shapes[POSITIONS][1:]:
-            raise UserError(f"{path}: token types of shape {types} cannot be added to positions of shape {shapes[POSITIONS]}")
-        expected[TOKEN_TYPES] = types
+    if TOKEN_TYPES in shapes:  # of any number, from 1 on
+        expected[TOKEN_TYPES] = (max([1, *shapes[TOKEN_TYPES][:1]]), config.dim)
     for name, shape in shapes.items():
         if name not in expected:
             raise UserError(f"{path} contains {name}, which DistilBERT does not have: it is another kind of model")
         if name.startswith("classifier.") and shape[:1] not in ((), (config.num_labels,)):
             raise UserError(f"{path} has a head for {shape[0]} classes, but {config.num_labels} are needed: use the base model")
-        if shape != expected[name]:
-            shapes_of_both = f"{shape}, but config.json says {expected[name]}"
-            raise UserError(f"{path}: {name} has the shape {shapes_of_both}: the two files do not belong together")
+        if shape != (said := expected[name]):
+            raise UserError(f"{path}: {name} has the shape {shape}, but config.json says {said}: they do not belong together")
 
 
 def expected_shapes(config: DistilBertConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The name and shape of each of the network's tensors, one at a time: those of a small one, with the sizes replaced."""
+    sizes = {2: config.vocab_size, 3: config.max_position_embeddings, 5: config.dim, 7: config.hidden_dim}
+    sizes[11] = config.num_labels
     with no_init_weights():
-        small = DistilBertForSequenceClassification(
-            DistilBertConfig(2, 3, dim=5, n_layers=1, n_heads=1, hidden_dim=7, num_labels=11)
-        )
-    sizes = {
-        2: config.vocab_size,
-        3: config.max_position_embeddings,
-        5: config.dim,
-        7: config.hidden_dim,
-        11: config.num_labels,
-    }
-    shapes = {name: tuple(sizes[size] for size in tensor.shape) for name, tensor in small.state_dict().items()}
-    yield from ((name, shape) for name, shape in shapes.items() if ".layer.0." not in name)
+        small = DistilBertForSequenceClassification(DistilBertConfig(2, 3, 5, 1, 1, 7, num_labels=11))
     for i in range(config.n_layers):
-        for name, shape in shapes.items():
-            if ".layer.0." in name:
-                yield name.replace(".layer.0.", f".layer.{i}."), shape
+        for name, tensor in small.state_dict().items():
+            if i == 0 or ".layer.0." in name:
+                yield name.replace(".layer.0.", f".layer.{i}."), tuple(sizes[size] for size in tensor.shape)

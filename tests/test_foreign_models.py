@@ -140,6 +140,8 @@ def small_tokenizer(tokenizer_file) -> Tokenizer:
 @pytest.mark.parametrize(
     "options",
     [
+        {},
+        {"strip_accents": False},
         {"do_lower_case": False},
         {"do_lower_case": True},
         {"do_lower_case": True, "strip_accents": False},
@@ -181,6 +183,13 @@ def test_a_tokenizer_that_contradicts_its_configuration_is_refused(model):
     ]:
         change_json(path, **values)
         assert refusal(model).startswith(f"{path}: {says}")
+
+
+def test_a_folder_with_a_model_is_that_model_whatever_else_it_holds(model, adapter):
+    """peft saves a second adapter in a folder of the first, which may be called "model" or "adapter"."""
+    for folder in (model, adapter):
+        (folder / "model").mkdir()
+        assert len(load_classifier(folder, device="cpu").label_names) == 4
 
 
 def test_an_adapter_is_read_with_its_own_tokenizer(adapter, small_model):

@@ -40,8 +40,7 @@ def check_outputs(run: Path, options: Options, new: bool) -> None:
     if options.merged_output is not None:
         merged_dir = resolve(options.merged_output)
         refuse_own_files(merged_dir, run, "--merged-output")
-        was_saving = not new and (run / "adapter").exists() and merged_dir.is_dir()  # maybe it is its own: save_run will see
-        if not was_saving:
+        if new or not (run / "adapter").exists() or not merged_dir.is_dir():  # else it may be its own: save_run will see
             with new_folder(merged_dir):  # if this fails, it fails now and not after hours of training
                 pass
 
@@ -66,8 +65,7 @@ class Metrics:
         if checkpoints.write:
             self.cut(checkpoints.path("metrics.jsonl"), step)
         with writing(checkpoints.run / EVENTS):
-            folder = str(checkpoints.run / EVENTS)
-            self.events = summary_writer()(folder, purge_step=step + 1) if tensorboard else None
+            self.events = summary_writer()(str(checkpoints.run / EVENTS), purge_step=step + 1) if tensorboard else None
 
     def cut(self, path: Path, step: int) -> None:
         lines = read_bytes(path).splitlines(keepends=True) if path.exists() else []

@@ -63,10 +63,8 @@ class Checkpoint:
         """The run's options. Raises UserError if a typed option contradicts them."""
         for name, value in typed.items():
             if name not in MAY_CHANGE and value != self.options.get(name):
-                raise UserError(
-                    f"{flag(name)} is {value}, but the run in {self.run} began with {self.options.get(name)}. "
-                    "Leave the option out, or start a new run"
-                )
+                differs = f"{flag(name)} is {value}, but the run in {self.run} began with {self.options.get(name)}"
+                raise UserError(f"{differs}. Leave the option out, or start a new run")
         return Options(**self.options | typed)
 
     def refuse_changes(self, processes: int, fingerprint: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """The device, the arithmetic, and how much memory was used."""
 
+import contextlib
 import functools
 import os
 import platform
@@ -50,23 +51,16 @@ def choose_dtype(name: str, device: torch.device, candidates: tuple[torch.dtype,
         return getattr(torch, name), "as typed"
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16, "this GPU multiplies it natively"
-    possible = {
-        torch.float32: True,
-        torch.bfloat16: device.type == "cpu" and torch.cpu._is_avx512_bf16_supported(),
-        torch.int8: can_int8,
-    }
+    has_bfloat16 = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    possible = {torch.float32: True, torch.bfloat16: has_bfloat16, torch.int8: can_int8}
     timed = tuple(dtype for dtype in candidates if possible[dtype])
     if timed == (torch.float32,):
         return torch.float32, f"this {device.type} does not multiply bfloat16 natively"
-    return faster(time_products(timed))
-
-
-def faster(seconds: dict[torch.dtype, float]) -> tuple[torch.dtype, str]:
-    """The type with the fewest seconds, and the reason. Within 5 % the first one wins."""
+    seconds = time_products(timed)
     listed = ", ".join(f"{dtype_name(dtype)} {1000 * taken:.1f} ms" for dtype, taken in seconds.items())
-    least = min(seconds.values())
-    best = next(dtype for dtype, taken in seconds.items() if taken <= 1.05 * least)
-    return best, f"measured on this processor: {listed}"
+    # within 5 % of the fastest the first one wins
+    fastest = next(dtype for dtype, taken in seconds.items() if taken <= 1.05 * min(seconds.values()))
+    return fastest, f"measured on this processor: {listed}"
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -112,14 +106,11 @@ def peak_memory_mb(device: torch.device) -> float | None:
     """Peak memory of this process (on a GPU: of its tensors) in MB; None if the system does not say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    try:
-        with open("/proc/self/status") as status:  # Linux
-            return next(int(line.split()[1]) * 1024 / 1e6 for line in status if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        pass
-    try:
-        import resource  # macOS and other systems without /proc
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # on Linux it includes the parent's peak, so /proc comes first
-    return peak * (1 if sys.platform == "darwin" else 1024) / 1e6  # macOS counts bytes, others KiB
+    with contextlib.suppress(OSError, StopIteration), open("/proc/self/status") as status:  # Linux
+        return next(int(line.split()[1]) * 1024 / 1e6 for line in status if line.startswith("VmHWM"))
+    with contextlib.suppress(ImportError):
+        import resource  # macOS and others; on Linux it includes the parent's peak, so /proc comes first
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak * (1 if sys.platform == "darwin" else 1024) / 1e6  # macOS counts bytes, others KiB
+    return None

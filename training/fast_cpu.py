@@ -31,18 +31,15 @@ class Fast(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, dtype: torch.dtype):
         super().__init__()
-        frozen = [module.weight.detach() for module in model.modules() if isinstance(module, nn.Linear) and is_frozen(module)]
+        linear = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
         self.packed: dict[int, BFloat16Weight | Int8Weight] = {}
-        for weight in frozen:
+        for weight in [weight.detach() for weight in linear if not weight.requires_grad]:
             if dtype == torch.bfloat16 and can_pack():
                 self.packed[weight.data_ptr()] = BFloat16Weight(weight)
             elif dtype == torch.int8 and min(weight.shape) >= SMALLEST:
                 self.packed[weight.data_ptr()] = Int8Weight(weight)
-        self.functions: dict[Callable, Callable] = {
-            F.linear: self.linear,
-            F.dropout: dropout,
-            F.scaled_dot_product_attention: attention,
-        }
+        self.functions: dict[Callable, Callable] = {F.linear: self.linear, F.dropout: dropout}
+        self.functions[F.scaled_dot_product_attention] = attention
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         return self.functions.get(func, func)(*args, **(kwargs or {}))
@@ -60,10 +57,6 @@ def limit_caches() -> None:
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     os.environ.setdefault("LRU_CACHE_CAPACITY", "8")
-
-
-def is_frozen(layer: nn.Linear) -> bool:
-    return not layer.weight.requires_grad
 
 
 def fast_if_cpu(model: nn.Module, device: torch.device, dtype: torch.dtype) -> AbstractContextManager:

@@ -50,10 +50,8 @@ class Inputs:
 def require_weights(model: str, revision: str | None, sha256: dict[str, str]) -> None:
     """Raises UserError if the file with the model's weights is no longer that of the run."""
     if weights_sha256(model, revision) != sha256["weights"]:
-        remedy = "Put the old file back. A run that has not ended can be resumed then"
-        raise UserError(
-            f"the weights of the base model {model} have changed since the run began: their sha256 differs. {remedy}"
-        )
+        changed = f"the weights of the base model {model} have changed since the run began: their sha256 differs"
+        raise UserError(f"{changed}. Put the old file back. A run that has not ended can be resumed then")
 
 
 def load_inputs(options: Options, checkpoint: Checkpoint | None) -> Inputs:
@@ -64,14 +62,12 @@ def load_inputs(options: Options, checkpoint: Checkpoint | None) -> Inputs:
     if dataset_name is None and options.dataset_revision is not None:
         dataset_name = DEFAULT_DATASET  # likewise
 
-    def load_data_at_commit(name: str) -> Dataset:
-        return load_data(name, options, (checkpoint and checkpoint.dataset_commit) or options.dataset_revision)
-
-    loaded_data = load_with_fallback(load_data_at_commit, dataset_name, DEFAULT_DATASET, EMBEDDED_DATASET)
-    dataset, dataset_name, data_notice = loaded_data
-
-    if len(dataset.label_names) > MOST_CLASSES:
-        classes = f"{len(dataset.label_names):,} classes, {dataset.label_names[0][:40]!r} and others"
+    dataset_revision = (checkpoint and checkpoint.dataset_commit) or options.dataset_revision
+    dataset, dataset_name, data_notice = load_with_fallback(
+        lambda name: load_data(name, options, dataset_revision), dataset_name, DEFAULT_DATASET, EMBEDDED_DATASET
+    )
+    if (number := len(dataset.label_names)) > MOST_CLASSES:
+        classes = f"{number:,} classes, {dataset.label_names[0][:40]!r} and others"
         raise UserError(f"{dataset_name} has {classes}. At most {MOST_CLASSES:,} are trained: is another column the label?")
 
     def load_at_commit(name: str) -> tuple[DistilBertForSequenceClassification, Tokenizer, str | None, str]:
@@ -86,10 +82,8 @@ def load_inputs(options: Options, checkpoint: Checkpoint | None) -> Inputs:
     notice = checkpoint.notice if checkpoint else "\n".join(filter(None, [model_notice, data_notice]))
     if notice:
         print(notice)
-    if options.max_length > base.config.max_position_embeddings:
-        raise UserError(
-            f"--max-length is {options.max_length}, but {model_name} reads at most {base.config.max_position_embeddings} tokens"
-        )
+    if options.max_length > (longest := base.config.max_position_embeddings):
+        raise UserError(f"--max-length is {options.max_length}, but {model_name} reads at most {longest} tokens")
     if options.r > base.config.dim:
         raise UserError(f"--r is {options.r}, but the weights of {model_name} have rank {base.config.dim} at most")
 
@@ -151,6 +145,5 @@ def load_with_fallback(load: Callable[[str], Any], name: str | None, default: st
     try:
         return load(default), default, ""
     except HubUnreachable:
-        pass
-    notice = f"{default}: not on this machine, and the hub cannot be reached. Using the embedded {embedded} instead"
+        notice = f"{default}: not on this machine, and the hub cannot be reached. Using the embedded {embedded} instead"
     return load(embedded), embedded, notice

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 import re
 import sys
 import typing
@@ -14,13 +15,13 @@ from lora import NO_TARGETS, LoraConfig
 DEFAULT_MODEL, EMBEDDED_MODEL = "distilbert-base-uncased", "minilm"
 DEFAULT_DATASET, EMBEDDED_DATASET = "ag_news", "sample"
 LEARNING_RATES = {"lora": 5e-4, "full": 5e-5, "head": 2e-3}  # the default of each method
+LARGEST = 2**31 - 1
 LORA_OPTIONS = ("r", "lora_alpha", "lora_dropout", "target_modules", "bias", "use_rslora", "use_dora", "loraplus_lr_ratio")
 
 
-def option(
-    default: Any, help: str, *, minimum: float | None = None, maximum: float | None = None, choices: tuple[str, ...] = ()
-) -> Any:
-    return field(default=default, metadata={"help": help, "minimum": minimum, "maximum": maximum, "choices": choices})
+def option(default: Any, help: str, low: float | None = None, high: float = math.inf, choices: tuple[str, ...] = ()) -> Any:
+    """A field. A value outside `low` to `high`, or not among the choices, is refused. None means that it was left out."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
 
 
 @dataclass
@@ -40,21 +41,16 @@ class Options:
     )
     label_column: str | None = option(None, "column with the label, likewise [label]")
     test_share: float | None = option(
-        None, "share of the rows to put aside, at random by --seed, if there is no test part [0.1]", minimum=0.001, maximum=0.9
+        None, "share of the rows to put aside, at random by --seed, if there is no test part [0.1]", 0.001, 0.9
     )
     dataset_revision: str | None = option(None, "commit, branch or tag of the data set on the hub")
     revision: str | None = option(None, "commit, branch or tag of the model on the hub")
     train_limit: int | None = option(
-        None,
-        "use only N training examples, drawn at random, each class as often as before",
-        minimum=1,
-        maximum=2**31 - 1,
+        None, "use only N training examples, drawn at random, each class as often as before", 1, LARGEST
     )
-    test_limit: int | None = option(None, "use only N test examples, likewise", minimum=1, maximum=2**31 - 1)
+    test_limit: int | None = option(None, "use only N test examples, likewise", 1, LARGEST)
     method: str = option(
-        "lora",
-        "what to train: lora (adapters and head), head (only the head), full (every weight)",
-        choices=tuple(LEARNING_RATES),
+        "lora", "what to train: lora (adapters and head), head (only the head), full (every weight)", choices=(*LEARNING_RATES,)
     )
     r: int = option(2, "rank of the adapters")
     lora_alpha: float = option(16.0, "scale of the adapters: dW = (alpha / r) B A")
@@ -65,28 +61,21 @@ class Options:
     bias: str = option("none", "biases to train: none, all, lora_only")
     use_rslora: bool = option(False, "scale by alpha / sqrt(r) instead (rsLoRA)")
     use_dora: bool = option(False, "train the magnitude and the direction of each row of W separately (DoRA)")
-    loraplus_lr_ratio: float = option(
-        1.0, "learning rate of B relative to the rest (LoRA+; 16 is typical)", minimum=1e-6, maximum=1e6
-    )
-    epochs: int = option(3, "passes over the training examples", minimum=1, maximum=2**31 - 1)
-    batch_size: int = option(16, "examples per step", minimum=1, maximum=2**31 - 1)
+    loraplus_lr_ratio: float = option(1.0, "learning rate of B relative to the rest (LoRA+; 16 is typical)", 1e-6, 1e6)
+    epochs: int = option(3, "passes over the training examples", 1, LARGEST)
+    batch_size: int = option(16, "examples per step", 1, LARGEST)
     learning_rate: float = option(
-        None,
-        f"peak learning rate [{', '.join(f'{rate:g} for {name}' for name, rate in LEARNING_RATES.items())}]",
-        minimum=1e-30,
-        maximum=1e30,
+        None, f"peak learning rate [{', '.join(f'{rate:g} for {name}' for name, rate in LEARNING_RATES.items())}]", 1e-30, 1e30
     )
-    weight_decay: float = option(0.01, "weight decay of AdamW", minimum=0, maximum=1e30)
+    weight_decay: float = option(0.01, "weight decay of AdamW", 0, 1e30)
     warmup: float = option(
-        0.1, "fraction of the steps in which the learning rate rises from 0; then it falls linearly to 0", minimum=0, maximum=1
+        0.1, "fraction of the steps in which the learning rate rises from 0; then it falls linearly to 0", 0, 1
     )
-    max_length: int = option(256, "maximum tokens per text; the rest is cut off", minimum=3, maximum=2**31 - 1)
-    seed: int = option(
-        0, "seed of the head, the adapters, the order of the examples, dropout and what is drawn", minimum=0, maximum=2**63 - 1
-    )
+    max_length: int = option(256, "maximum tokens per text; the rest is cut off", 3, LARGEST)
+    seed: int = option(0, "seed of the head, the adapters, the order of the examples, dropout and what is drawn", 0, 2**63 - 1)
     resume: str | None = option(None, "continue the stopped run in this folder, with the options that it began with")
     checkpoint_every: int | None = option(
-        None, "steps between checkpoints [every 30 s, at most 1 %% of the run time]", minimum=1, maximum=2**31 - 1
+        None, "steps between checkpoints [every 30 s, at most 1 %% of the run time]", 1, LARGEST
     )
     output_dir: str | None = option(None, "folder for the results, new or empty [a new folder in runs/]")
     merged_output: str | None = option(None, "also write the merged model to this folder, for transformers")
@@ -102,15 +91,18 @@ class Options:
     def __post_init__(self) -> None:
         self.target_modules, self.text_column = tuple(self.target_modules), tuple(self.text_column)
         for item in dataclasses.fields(self):
-            check(flag(item.name), getattr(self, item.name), **item.metadata)
+            value, low, high, choices = getattr(self, item.name), *(item.metadata[key] for key in ("low", "high", "choices"))
+            if choices and value not in choices:
+                raise UserError(f"{flag(item.name)} is {value!r}. Choose from {', '.join(choices)}")
+            if None not in (low, value) and not low <= value <= high:
+                raise UserError(f"{flag(item.name)} is {value}. It must be between {low:,} and {high:,}")
         if self.label_column in self.text_column:
             raise UserError(f"--text-column and --label-column are both {self.label_column}. Name two columns")
         if self.learning_rate is None:
             self.learning_rate = LEARNING_RATES[self.method]
-        if self.method != "lora":
-            for item in dataclasses.fields(self):
-                if item.name in LORA_OPTIONS and getattr(self, item.name) != item.default:
-                    raise UserError(f"{flag(item.name)} needs --method lora, but --method is {self.method}. Drop one of them")
+        for item in dataclasses.fields(self):
+            if self.method != "lora" and item.name in LORA_OPTIONS and getattr(self, item.name) != item.default:
+                raise UserError(f"{flag(item.name)} needs --method lora, but --method is {self.method}. Drop one of them")
         if self.method == "full" and self.merged_output is not None:
             raise UserError("--merged-output needs an adapter. --method full writes the whole model into the run folder")
         self.lora_config(self.model or DEFAULT_MODEL, self.revision)  # refuses bad values before anything is loaded
@@ -133,14 +125,6 @@ class Options:
             base_model_name_or_path=base_model,
             revision=revision,
         )
-
-
-def check(name: str, value: Any, minimum: float | None, maximum: float | None, choices: tuple[str, ...], help: str) -> None:
-    """Raises UserError if an option's value is outside its range. None means that the option was left out."""
-    if choices and value not in choices:
-        raise UserError(f"{name} is {value!r}. Choose from {', '.join(choices)}")
-    if minimum is not None and maximum is not None and value is not None and not minimum <= value <= maximum:
-        raise UserError(f"{name} is {value}. It must be between {minimum:,} and {maximum:,}")
 
 
 def flag(name: str) -> str:
@@ -169,19 +153,12 @@ def parse(arguments: list[str] | None, description: str | None) -> dict[str, Any
     """The options that were typed, by the name of their field in Options. Raises UserError for an unknown option."""
     parser = Parser(description)
     for item in dataclasses.fields(Options):
-        help = item.metadata["help"]
-        if item.type is bool:
-            parser.add_argument(flag(item.name), action="store_true", default=argparse.SUPPRESS, help=help)
-            continue
-        kind = next(kind for kind in (int, float, str) if kind in (item.type, *typing.get_args(item.type)))
-        several = isinstance(item.default, tuple)
-        default = " ".join(item.default) if isinstance(item.default, tuple) else item.default
-        parser.add_argument(
-            flag(item.name),
-            type=kind,
-            nargs="+" if several else None,
-            default=argparse.SUPPRESS,
-            metavar=kind.__name__.upper(),
-            help=help if default in (None, "") else f"{help} [{default}]",
-        )
+        help, how = item.metadata["help"], dict[str, Any](action="store_true")
+        if item.type is not bool:
+            kind = next(kind for kind in (int, float, str) if kind in (item.type, *typing.get_args(item.type)))
+            several = isinstance(item.default, tuple)
+            how = {"type": kind, "nargs": "+" if several else None, "metavar": kind.__name__.upper()}
+            default = " ".join(item.default) if several else item.default  # type: ignore[arg-type]
+            help += "" if default in (None, "") else f" [{default}]"
+        parser.add_argument(flag(item.name), default=argparse.SUPPRESS, help=help, **how)
     return vars(parser.parse_args(arguments))

@@ -14,7 +14,7 @@ from lora import LoRALinear, PeftModel
 from lora.modules_to_save import ModulesToSaveWrapper
 from training.checkpoint import sha256, trained_parameters
 from training.evaluation import Examples, ModelRunner
-from training.options import Options
+from training.options import Options, flag
 
 CHECK_EXAMPLES = 8  # a few are enough
 
@@ -75,8 +75,7 @@ def refuse_not_finite(loss: float, gradient_norm: float, step: int, batch: np.nd
         return
     symptom = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradient is {gradient_norm}"
     rows = ", ".join(str(i + 1) for i in sorted(batch.tolist()))
-    raise UserError(
-        f"{symptom} at step {step}, on the training examples {rows} (counted from 1), with --learning-rate "
-        f"{options.learning_rate:g}, --lora-alpha {options.lora_alpha:g}, --r {options.r} and --dtype {options.dtype}. Try a "
-        f"smaller --learning-rate, or --dtype float32. The last checkpoint is from before this step"
-    )
+    typed = ", ".join(f"{flag(name)} {getattr(options, name)}" for name in ("learning_rate", "lora_alpha", "r", "dtype"))
+    where = f"at step {step}, on the training examples {rows} (counted from 1), with {typed}"
+    remedy = "Try a smaller --learning-rate, or --dtype float32. The last checkpoint is from before this step"
+    raise UserError(f"{symptom} {where}. {remedy}")
