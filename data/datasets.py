@@ -215,6 +215,8 @@ def _read_part(path: Path, wanted: Wanted) -> Part:
     rows: list[LabelledRow] = []
     columns, name_column = PLAIN, ""
     is_folder = path.is_dir() and not path.suffix
+    if not is_folder and not path.is_file():
+        raise UserError(f"{path} is not a regular file")
     table = ((path, row) for row in read_rows(path, wanted.text, wanted.label, labelled=True))
     for source, (line, text, label, fields) in _class_folders(path) if is_folder else table:
         if fields and not rows:

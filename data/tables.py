@@ -26,7 +26,7 @@ JSON, TABLES, TEXTS = (".jsonl", ".ndjson", ".json"), (".csv", ".tsv"), (".txt",
 SUFFIXES = (*JSON, *TABLES, *TEXTS)
 TEXT_COLUMNS = (("text",), ("title", "description"))  # unless they are named: the first that is there. The second is AG News'
 LABEL_COLUMNS = ("label", "class", "class index")
-LONGEST_TEXT = 1 << 24  # characters in one field of a CSV file
+LONGEST_TEXT, LONGEST_LINE = 1 << 24, 1 << 29  # characters in one field of a CSV file; in one line, which may be a JSON array
 JSON_REMEDY = "write one whole object per line, or one array of objects"
 SAMPLE_LINES = 100  # read ahead to see the delimiter, and whether there is a header
 
@@ -153,8 +153,10 @@ def _read_fields(path: Path | None, wanted: Wanted) -> Iterator[tuple[int, dict[
         raise UserError(f"{path or 'standard input'} begins as UTF-16, but is not; save the file as UTF-8") from error
 
 
-def _utf8_lines(path: Path | None, file: Iterable[str]) -> Iterator[str]:
-    for number, line in enumerate(file, 1):
+def _utf8_lines(path: Path | None, file: io.TextIOWrapper) -> Iterator[str]:
+    for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), ""), 1):
+        if len(line) > LONGEST_LINE:
+            raise row_error(path, number, f"longer than {LONGEST_LINE:,} characters; split it")
         if not is_unicode(line):
             place = len(re.split("[\udc80-\udcff]", line)[0])
             excerpt = line[max(0, place - 12) : place + 12].encode("utf-8", "surrogateescape").decode("cp1252", "replace")

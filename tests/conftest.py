@@ -44,7 +44,12 @@ def whole_run(tmp_path_factory) -> tuple[Path, str]:
     with FileLock(shared / "whole_run.lock"):
         if not printed.exists():
             where = ["--output-dir", str(folder), "--merged-output", str(folder.with_name("merged"))]
-            no_hub = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(folder.with_name("empty"))}
+            no_hub = {
+                **os.environ,
+                "OMP_NUM_THREADS": "2",
+                "HF_ENDPOINT": "http://127.0.0.1:9",
+                "HF_HOME": str(folder.with_name("empty")),
+            }
             command = [sys.executable, "train.py", *where]
             done = subprocess.run(command, cwd=ROOT, env=no_hub, capture_output=True, text=True, timeout=600)
             assert done.returncode == 0, done.stderr

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import re
 from pathlib import Path
 
@@ -336,3 +337,19 @@ def test_a_test_share_is_not_forgotten_where_there_is_a_test_part(tmp_path):
     folder = write(tmp_path, {"train.csv": content, "test.csv": content})
     with pytest.raises(UserError, match=r"has a test part, test\.csv: leave out --test-share"):
         load(folder, "--test-share 0.2")
+
+
+def test_a_line_without_an_end_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.tables.LONGEST_LINE", 1000)
+    (tmp_path / "texts.txt").write_text("short\n" + 1001 * "x")
+    with pytest.raises(UserError, match="texts.txt, line 2: longer than 1,000 characters"):
+        list(read_rows(tmp_path / "texts.txt"))
+    (tmp_path / "texts.txt").write_text(f"short\n{999 * 'x'}\nlast")
+    assert [row.text for row in read_rows(tmp_path / "texts.txt")] == ["short", 999 * "x", "last"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with a name here")
+def test_a_pipe_in_place_of_a_part_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "train.csv")
+    with pytest.raises(UserError, match="train.csv is not a regular file"):
+        load_dataset(str(tmp_path))

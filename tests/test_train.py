@@ -278,10 +278,10 @@ def test_metrics_jsonl_has_a_line_every_ten_steps(whole_run):
     assert set(lines[0]) == {"step", "epoch", "loss", "learning_rate", "gradient_norm", "examples_per_second"}
 
 
-def test_the_same_seed_gives_the_same_numbers(tmp_path):
+def test_the_same_seed_gives_the_same_numbers(tmp_path, small_model):
     runs = []
     for name, seed in (("one", "0"), ("two", "0"), ("three", "1")):
-        assert main([*SHORT, "--seed", seed, "--output-dir", str(tmp_path / name)]) == 0
+        assert main([*SHORT, "--model", str(small_model), "--seed", seed, "--output-dir", str(tmp_path / name)]) == 0
         results = json.loads((tmp_path / name / "results.json").read_text())
         losses = [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         runs.append((results["before"], results["after"], losses))
