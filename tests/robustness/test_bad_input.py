@@ -318,7 +318,7 @@ def test_a_folder_for_each_class_is_checked_as_a_table_is(tmp_path):
 def test_a_folder_in_place_of_a_file_is_refused(tmp_path):
     (tmp_path / "train.jsonl").mkdir()
     (tmp_path / "test.jsonl").mkdir()
-    assert refusal(load_dataset, str(tmp_path)).startswith(f"{tmp_path / 'train.jsonl'} cannot be read")
+    assert refusal(load_dataset, str(tmp_path)).startswith(f"{tmp_path / 'train.jsonl'} is not a regular file")
 
 
 @pytest.mark.parametrize(
