@@ -1,6 +1,10 @@
+import contextlib
+import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +13,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # two workers on two cores: a thread fo
 
 import pytest
 import torch
-from filelock import FileLock
 from tokenizers import Tokenizer
 
 from model import DistilBertConfig, DistilBertForSequenceClassification, save_pretrained
@@ -34,27 +37,45 @@ def small_model(tmp_path_factory, tokenizer_file) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def whole_run(tmp_path_factory) -> tuple[Path, str]:
-    """`python train.py` without a hub, on the embedded model and data: its folder and its output."""
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that need the whole run come last: it is trained beside the others."""
+    late = {item.path for item in items if "whole_run" in item.fixturenames}
+    items.sort(key=lambda item: item.path in late)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def whole_run_begins(request, tmp_path_factory) -> Path:
+    """Where the whole run will be. The first worker trains it, in the background, if a test will use it."""
     shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
-        shared = shared.parent  # the first worker trains, the others wait
-    folder, printed = shared / "runs" / "whole", shared / "printed.txt"
-    with FileLock(shared / "whole_run.lock"):
-        if not printed.exists():
-            where = ["--output-dir", str(folder), "--merged-output", str(folder.with_name("merged"))]
-            no_hub = {
-                **os.environ,
-                "OMP_NUM_THREADS": "2",
-                "HF_ENDPOINT": "http://127.0.0.1:9",
-                "HF_HOME": str(folder.with_name("empty")),
-            }
-            command = [sys.executable, "train.py", *where]
-            done = subprocess.run(command, cwd=ROOT, env=no_hub, capture_output=True, text=True, timeout=600)
-            assert done.returncode == 0, done.stderr
-            printed.write_text(done.stdout)
-    return folder, printed.read_text()
+        shared = shared.parent
+    if any("whole_run" in item.fixturenames for item in request.session.items):
+        with contextlib.suppress(FileExistsError):
+            (shared / "runs").mkdir()
+            threading.Thread(target=train_whole_run, args=(shared,), daemon=True).start()
+    return shared
+
+
+def train_whole_run(shared: Path) -> None:
+    """`python train.py` without a hub, on the embedded model and data."""
+    no_hub = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(shared / "empty")}
+    where = ["--output-dir", str(shared / "runs" / "whole"), "--merged-output", str(shared / "runs" / "merged")]
+    command = [sys.executable, "train.py", *where]
+    done = subprocess.run(command, cwd=ROOT, env=no_hub, capture_output=True, text=True)
+    (shared / "unfinished.json").write_text(json.dumps([done.returncode, done.stdout, done.stderr]))
+    (shared / "unfinished.json").rename(shared / "whole_run.json")
+
+
+@pytest.fixture(scope="session")
+def whole_run(whole_run_begins) -> tuple[Path, str]:
+    """Its folder, beside the folder `merged`, and its output."""
+    deadline = time.monotonic() + 500
+    while not (whole_run_begins / "whole_run.json").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    status, printed, errors = json.loads((whole_run_begins / "whole_run.json").read_text())
+    assert status == 0, errors
+    return whole_run_begins / "runs" / "whole", printed
 
 
 @pytest.fixture(scope="module")

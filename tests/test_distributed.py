@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import Python, start_ranks
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import nn
@@ -39,21 +39,6 @@ def arguments(model: Path, output: Path, *more: str) -> list[str]:
     return ["train.py", *options, "--dtype", "float32", "--learning-rate", "3e-3", *more]
 
 
-def start(command: list[str], **environment: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-
-
-def start_by_hand(world: int, commands: list[list[str]]) -> list[subprocess.Popen]:
-    """As on separate machines: no launcher ends the others when one dies."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
-    return [start([sys.executable, *commands[rank]], RANK=str(rank), LOCAL_RANK="0", **meeting) for rank in range(world)]
-
-
 def wait_for_training(folder: Path) -> None:
     deadline = time.monotonic() + 60
     while not ((folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").stat().st_size):
@@ -66,11 +51,14 @@ def test_several_processes_train_the_same_model_as_one(world_size, model, tmp_pa
     """20 steps of 6 examples, the last of 2, and 5 test examples: some of four processes have nothing to do."""
     few = ["--train-limit", "116", "--batch-size", "6", "--epochs", "1", "--test-limit", "5"]
     adapters, results, losses, outputs = [], [], [], []
-    for launcher in ([sys.executable], [*TORCHRUN, str(world_size)]):
+    for processes in (1, world_size):
         folder = tmp_path / str(len(outputs))
-        process = start([*launcher, *arguments(model, folder, *few)])
-        output, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+        command = arguments(model, folder, *few)
+        started = start_ranks([command] * processes) if processes > 1 else [Python(*command)]
+        for process in reversed(started):
+            output, errors = process.communicate(timeout=120)
+            assert process.returncode == 0, errors
+            assert process is started[0] or output == ""
         assert sorted(path.name for path in folder.iterdir()) == ["adapter", "metrics.jsonl", "results.json"]
         outputs.append(output.replace(str(folder), "FOLDER"))
         adapters.append(load_file(folder / "adapter" / "adapter_model.safetensors"))
@@ -90,7 +78,8 @@ def test_several_processes_train_the_same_model_as_one(world_size, model, tmp_pa
 
 
 def test_under_torchrun_a_killed_process_ends_the_others(model, tmp_path):
-    launcher = start([*TORCHRUN, "2", *arguments(model, tmp_path / "run", "--epochs", "1000")])
+    command = [*TORCHRUN, "2", *arguments(model, tmp_path / "run", "--epochs", "1000")]
+    launcher = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     wait_for_training(tmp_path / "run")
     children = [int(pid) for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
     victim = next(pid for pid in children if b"RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
@@ -102,7 +91,7 @@ def test_under_torchrun_a_killed_process_ends_the_others(model, tmp_path):
 
 def test_without_torchrun_a_killed_process_ends_the_others(model, tmp_path):
     command = arguments(model, tmp_path / "run", "--epochs", "1000")
-    first, second = start_by_hand(2, [command, command])
+    first, second = start_ranks([command, command])
     wait_for_training(tmp_path / "run")
     second.kill()
     _, errors = first.communicate(timeout=60)
@@ -115,7 +104,7 @@ def test_without_torchrun_a_killed_process_ends_the_others(model, tmp_path):
 @pytest.mark.slow
 def test_a_process_that_hangs_ends_the_others_within_a_minute(model, tmp_path):
     command = arguments(model, tmp_path / "run", "--epochs", "1000")
-    first, second = start_by_hand(2, [command, command])
+    first, second = start_ranks([command, command])
     wait_for_training(tmp_path / "run")
     second.send_signal(signal.SIGSTOP)
     _, errors = first.communicate(timeout=60)
@@ -127,7 +116,7 @@ def test_a_process_that_hangs_ends_the_others_within_a_minute(model, tmp_path):
 
 def test_processes_with_different_options_are_refused(model, tmp_path):
     commands = [arguments(model, tmp_path / "run", "--seed", seed) for seed in ("1", "2")]
-    for process in start_by_hand(2, commands):
+    for process in start_ranks(commands):
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 2
         assert "--seed differs between processes 0 and 1" in errors

@@ -3,7 +3,6 @@
 import ast
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from processes import python
 
 import compare
 import predict
@@ -172,8 +172,7 @@ def test_full_fine_tuning_resumes_bit_for_bit(tmp_path, small_model):
         "checkpoint.Checkpoints.save = die\n"
         "sys.exit(train.main(sys.argv[1:]))\n"
     )
-    command = [sys.executable, "-c", program, *short, "--checkpoint-every", "1", "--output-dir", str(cut)]
-    assert subprocess.run(command, cwd=Path(train.__file__).parent, capture_output=True).returncode == -9
+    assert python("-c", program, *short, "--checkpoint-every", "1", "--output-dir", cut).returncode == -9
     assert train.main(["--resume", str(cut)]) == 0
     assert (cut / "model" / "model.safetensors").read_bytes() == (whole / "model" / "model.safetensors").read_bytes()
 

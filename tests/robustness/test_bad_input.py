@@ -4,13 +4,12 @@ import io
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from processes import python
 from tokenizers import Tokenizer
 
 import train
@@ -21,7 +20,6 @@ from model import DistilBertConfig, DistilBertForSequenceClassification, load_pr
 from model.pretrained import HEAD
 from training.evaluation import ModelRunner, compute_logits
 
-ROOT = Path(__file__).parents[2]
 TINY = DistilBertConfig(dim=32, n_heads=4, n_layers=2, hidden_dim=64)
 NORM = "distilbert.embeddings.LayerNorm.bias"
 TOKEN_TYPE = "distilbert.embeddings.token_type_embeddings.weight"
@@ -640,13 +638,7 @@ def test_a_model_that_has_diverged_is_not_scored(base_folder, tokenizer_file):
 
 
 def process(*arguments, **environment):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env=os.environ | environment,
-    )
+    return python("train.py", *arguments, env=os.environ | environment)
 
 
 def test_a_refused_process_ends_with_status_2_and_one_line(tmp_path):

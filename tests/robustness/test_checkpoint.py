@@ -1,6 +1,7 @@
 """A stopped run continues and ends with the same adapter, bit for bit."""
 
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -8,8 +9,6 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 from helpers import adamw_after_a_step
+from processes import Python, python, start_ranks
 from safetensors.torch import load_file
 
 import train
@@ -28,8 +28,6 @@ from training.artifacts import Metrics
 from training.checkpoint import Checkpoints, newest_first, read_newest
 from training.options import Options
 
-ROOT = Path(__file__).parents[2]
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 STEPS = 50  # 200 examples in batches of 8, twice
 
 
@@ -46,13 +44,16 @@ def uninterrupted(words, tmp_path_factory) -> Path:
     return folder
 
 
-def start(*arguments: str, processes: int = 1, program: list[str] | None = None, **more) -> subprocess.Popen:
-    launcher = TORCHRUN if processes == 2 else []
-    command = [sys.executable, *launcher, *(program or ["train.py"]), *arguments]
-    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more)
+def start(*arguments: str) -> Python:
+    return Python("train.py", *arguments)
 
 
-def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
+def start_all(processes: int, *arguments: str) -> list[Python]:
+    """The ranks of one run, one of them after the other."""
+    return start_ranks([["train.py", *arguments]] * processes) if processes > 1 else [start(*arguments)]
+
+
+def wait_for_step(run: Path, step: int, process: Python) -> None:
     deadline = time.monotonic() + 120
     while process.poll() is None and not any(path.stem >= f"step-{step:08}" for path in newest_first(run)):
         assert time.monotonic() < deadline
@@ -73,31 +74,26 @@ def assert_same_result(run: Path, other: Path) -> None:
     assert results[0]["after"] == results[1]["after"]
 
 
-def kill(process: subprocess.Popen) -> None:
-    """It and, for torchrun gives each a session of its own, all that it has started."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    for pid in [process.pid, *map(int, children)]:
-        os.kill(pid, signal.SIGKILL)
-    process.communicate()
-
-
 def kill_and_resume(words: list[str], run: Path, kills: int, processes: int, steps: int = STEPS, last: bool = True) -> None:
     """Start the run and kill it `kills` times at random moments. Then, if `last`, let it end."""
     rng = random.Random(0)
     arguments, done = [*words, "--output-dir", str(run)], 0
     for number in range(kills):
-        process = start(*arguments, processes=processes)
+        started = start_all(processes, *arguments)
         done = max([done, *(int(path.stem[5:]) for path in newest_first(run))])
-        wait_for_step(run, min(done + 2 * (1 + number % 2), steps - 2), process)
+        wait_for_step(run, min(done + 2 * (1 + number % 2), steps - 2), started[0])
         time.sleep(rng.uniform(0, 0.03))
-        kill(process)
+        for process in started:
+            process.kill()
+        for process in started:
+            process.wait(60)
         assert not (run / "results.json").exists()
         arguments = ["--resume", str(run)]
     if not last:
         return
-    process = start(*arguments, processes=processes)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
+    for process in start_all(processes, *arguments):
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
 
 
 def test_a_run_killed_again_and_again_ends_the_same(words, uninterrupted, tmp_path):
@@ -154,8 +150,7 @@ else:
     os.replace = never
 train.main(sys.argv[1:])
 """
-    process = start(*words, "--output-dir", str(run), program=["-c", program])
-    assert process.wait(120) == -signal.SIGKILL
+    assert python("-c", program, *words, "--output-dir", run).returncode == -signal.SIGKILL
     assert [path.name for path in newest_first(run)] == ["step-00000022.safetensors", "step-00000020.safetensors"]
     assert list((run / "checkpoints").glob(".*"))
     assert main(["--resume", str(run)]) == 0
@@ -183,11 +178,10 @@ def test_a_signal_finishes_the_step_and_says_how_to_resume(number, status, words
 
 def test_two_processes_stop_after_the_same_step(words, tmp_path):
     run = tmp_path / "run"
-    process = start(*words, "--epochs", "40", "--output-dir", str(run), processes=2)
-    wait_for_step(run, 10, process)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    assert process.returncode != 0
+    first, second = start_all(2, *words, "--epochs", "40", "--output-dir", str(run))
+    wait_for_step(run, 10, first)
+    second.send_signal(signal.SIGTERM)  # one of them is told
+    assert [process.wait(60) for process in (first, second)] == [143, 143]
     assert read_newest(run).step >= 10
 
 
@@ -198,7 +192,7 @@ def killed(words, tmp_path_factory) -> Path:
     program = "import os, sys, train; from common import files; replace = os.replace\n"
     program += "os.replace = lambda old, new: os._exit(9) if 'step-00000024' in str(new) else replace(old, new)\n"
     program += "train.main(sys.argv[1:])"
-    assert start(*words, "--output-dir", str(run), program=["-c", program]).wait(120) == 9
+    assert python("-c", program, *words, "--output-dir", run).returncode == 9
     return run
 
 
@@ -309,14 +303,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(words, tmp_path, capsys):
 @pytest.mark.parametrize(("largest", "what"), [(6_000, "step-00000000.safetensors"), (60_000, "adapter")])
 def test_a_full_disk_is_one_line_and_leaves_no_partial_file(largest, what, words, tmp_path):
     run = tmp_path / "run"
-
-    def small_disk() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
-
-    process = start(*words, "--r", "2", "--output-dir", str(run), preexec_fn=small_disk)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert f"{what} cannot be written: File too large" in errors.splitlines()[-1]
+    small_disk = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (largest, largest))
+    done = python("train.py", *words, "--output-dir", run, before=small_disk)
+    assert done.returncode == 2
+    assert f"{what} cannot be written: File too large" in done.stderr.splitlines()[-1]
     assert not list(run.rglob(".*"))
     if what == "adapter":
         assert read_newest(run).step == STEPS  # nothing is lost: with more room, the run can continue from here
@@ -389,17 +379,10 @@ def test_processes_with_different_checkpoints_are_refused(words, tmp_path):
     kill_and_resume(words, tmp_path / "run", kills=1, processes=2, last=False)
     shutil.copytree(tmp_path / "run", tmp_path / "other")
     newest_first(tmp_path / "other")[0].unlink()
-    program = f"""
-import os, sys
-sys.path.insert(0, {str(ROOT)!r})
-import train
-sys.exit(train.main(["--resume", sys.argv[1 + int(os.environ["RANK"])]]))
-"""
-    (tmp_path / "program.py").write_text(program)
-    process = start(str(tmp_path / "run"), str(tmp_path / "other"), processes=2, program=[str(tmp_path / "program.py")])
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode != 0
-    assert "the checkpoint differs between processes 0 and 1" in errors
+    for process in start_ranks([["train.py", "--resume", tmp_path / name] for name in ("run", "other")]):
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 2
+        assert "the checkpoint differs between processes 0 and 1" in errors
 
 
 def test_a_skipped_checkpoint_is_removed(stopped):

@@ -3,12 +3,12 @@
 
 import contextlib
 import ctypes
-import os
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from processes import Python, python
 from test_checkpoint import STEPS, assert_same_result, start, uninterrupted, wait_for_step, words  # noqa: F401
 
 from common.errors import UserError
@@ -42,7 +42,7 @@ def small_disk(tmp_path):
         subprocess.run(["umount", place], check=True, capture_output=True)
 
 
-def in_one_line(done: subprocess.CompletedProcess | subprocess.Popen, errors: str, says: str) -> None:
+def in_one_line(done: subprocess.CompletedProcess | Python, errors: str, says: str) -> None:
     assert done.returncode == 2, errors
     last = errors.splitlines()[-1]
     assert last.startswith("train.py: ")
@@ -90,10 +90,9 @@ def test_a_read_only_disk_is_found_before_training(words, small_disk, capsys):
 
 
 def without_privileges() -> None:
-    """Before a program is started: root, too, obeys the permissions of files then."""
-    if os.geteuid() == 0:
-        for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
-            ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
+    """Root, too, obeys the permissions of files then: this process gives all its capabilities up."""
+    version_3, none = 0x20080522, (ctypes.c_uint32 * 6)()
+    assert ctypes.CDLL(None).capset((ctypes.c_uint32 * 2)(version_3, 0), none) == 0
 
 
 @pytest.mark.parametrize("option", ["--output-dir", "--merged-output"])
@@ -101,11 +100,11 @@ def test_a_folder_without_permission_is_found_before_training(option, words, tmp
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o555)
     where = {"--output-dir": tmp_path / "run", option: closed / "below" / "it"}
-    process = start(*words, *(str(word) for item in where.items() for word in item), preexec_fn=without_privileges)
-    _, errors = process.communicate(timeout=100)
-    in_one_line(process, errors, "Permission denied")
-    assert str(closed) in errors
-    assert "train: " not in errors
+    options = [word for item in where.items() for word in item]
+    done = python("train.py", *words, *options, before=without_privileges)
+    in_one_line(done, done.stderr, "Permission denied")
+    assert str(closed) in done.stderr
+    assert "train: " not in done.stderr
     assert list(tmp_path.rglob("*")) == [closed]
 
 

@@ -19,10 +19,10 @@ import pytest
 import safetensors.torch
 import torch
 from hub_server import Hub
+from processes import Python, python
 
 from data.datasets import SAMPLE
 
-ROOT = Path(__file__).parents[2]
 MODEL, FULL_NAME = "distilbert-base-uncased", "distilbert/distilbert-base-uncased"  # the hub redirects to the full name
 TINY = "ann/tiny"
 DATASET = "datasets/SetFit/ag_news"
@@ -81,18 +81,15 @@ def environment(endpoint: str, home: Path) -> dict[str, str]:
         "HF_ENDPOINT": endpoint,
         "HF_HOME": str(home),
         "HF_HUB_DISABLE_XET": "1",
-        "OMP_NUM_THREADS": "1",  # many processes share few cores
     }
 
 
-def start(endpoint: str, home: Path, code: str, *arguments: object, **more: str) -> subprocess.Popen:
+def start(endpoint: str, home: Path, code: str, *arguments: object, **more: str) -> Python:
     """A process that runs `code` after CLIENT, which is to print one JSON value."""
-    command = [sys.executable, "-c", CLIENT + code, *map(str, arguments)]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, env=environment(endpoint, home) | more, text=True, stdout=pipe, stderr=pipe)
+    return Python("-c", CLIENT + code, *arguments, env=environment(endpoint, home) | more)
 
 
-def finish(process: subprocess.Popen):
+def finish(process: Python):
     try:
         out, err = process.communicate(timeout=100)
     finally:
@@ -180,7 +177,7 @@ def homes() -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def slow(tmp_path_factory, tiny, homes) -> Iterator[dict[str, subprocess.Popen]]:
+def slow(tmp_path_factory, tiny, homes) -> Iterator[dict[str, Python]]:
     """What takes long because it waits, started before the first test and looked at in the last ones."""
     unreachable = """
 print(json.dumps([attempt(mark, "ann/tiny"), attempt(lambda: len(load_dataset("ag_news").train))]))
@@ -202,7 +199,7 @@ print(json.dumps([attempt(mark, "ann/tiny"), attempt(lambda: len(load_dataset("a
         for each in (broken_head, silent_get):
             each.add(TINY, tiny(1.0))
         hanging = "import socket\nsocket.getaddrinfo = lambda *arguments, **more: time.sleep(600)\n"
-        started: dict[str, subprocess.Popen] = {}
+        started: dict[str, Python] = {}
 
         def begin(name: str, endpoint: str, code: str, **more: str) -> None:
             homes[name] = tmp_path_factory.mktemp(name.replace(" ", "-"))
@@ -220,7 +217,6 @@ print(json.dumps([attempt(mark, "ann/tiny"), attempt(lambda: len(load_dataset("a
         yield started
         for process in started.values():
             process.kill()
-            process.communicate()
 
 
 @pytest.mark.slow
@@ -439,8 +435,7 @@ def test_without_a_hub_a_model_that_was_named_is_refused(hub, home, tmp_path):
 
 def train(endpoint: str, home: Path, *arguments: object) -> subprocess.CompletedProcess:
     limits = ["--train-limit", "32", "--test-limit", "16", "--epochs", "1", "--max-length", "32"]
-    command = [sys.executable, "train.py", *limits, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=environment(endpoint, home), text=True, capture_output=True, timeout=100)
+    return python("train.py", *limits, *arguments, env=environment(endpoint, home))
 
 
 @pytest.mark.parametrize("case", ["refused", "silent", "name server hangs", "out of order", "portal"])
