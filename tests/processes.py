@@ -34,10 +34,11 @@ class Python:
         *arguments: object,
         env: dict[str, str] | None = None,
         stdin: str | os.PathLike = os.devnull,
+        stdout: str | os.PathLike = "",
         before: Callable[[], object] | None = None,
     ):
         self.folder = tempfile.TemporaryDirectory()
-        self.files = [str(stdin), f"{self.folder.name}/out", f"{self.folder.name}/err"]
+        self.files = [str(stdin), str(stdout or f"{self.folder.name}/out"), f"{self.folder.name}/err"]
         environment = dict(os.environ if env is None else env)
         self.process = server.Process(target=_run, args=([*map(str, arguments)], environment, self.files, before))
         self.process.start()
@@ -60,8 +61,8 @@ class Python:
     def communicate(self, timeout: float = 100) -> tuple[str, str]:
         """What it has printed to standard output and standard error, when it has ended."""
         self.wait(timeout)
-        out, err = (Path(file).read_bytes().decode(errors="surrogateescape") for file in self.files[1:])
-        return out, err
+        out, err = (Path(file).read_bytes() if Path(file).is_file() else b"" for file in self.files[1:])
+        return out.decode(errors="surrogateescape"), err.decode(errors="surrogateescape")
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:

@@ -212,8 +212,9 @@ def test_the_model_drops_out_as_torch_does(dtype, monkeypatch):
     # per pass: embeddings, head; in each of three layers attention, the feed-forward network, and the input of two adapters
     assert len(calls) == 2 * (2 + 3 * 4)
     assert not torch.equal(one, other)
-    draws = torch.stack([logits_and_gradients(model, dtype, mode)[0] for _ in range(400)])
-    plain = torch.stack([logits_and_gradients(model, dtype)[0] for _ in range(400)])
-    error = (draws.var(dim=0) / 400 + plain.var(dim=0) / 400).sqrt()
-    assert ((draws.mean(dim=0) - plain.mean(dim=0)).abs() < 5 * error).all()
-    assert ((draws.std(dim=0) / plain.std(dim=0)).log().abs() < 0.25).all()
+    count = 150
+    quick = torch.stack([logits_and_gradients(model, dtype, mode)[0] for _ in range(count)])
+    plain = torch.stack([logits_and_gradients(model, dtype)[0] for _ in range(count)])
+    error = ((quick.var(dim=0) + plain.var(dim=0)) / count).sqrt()
+    assert ((quick.mean(dim=0) - plain.mean(dim=0)).abs() < 5 * error).all()
+    assert ((quick.std(dim=0) / plain.std(dim=0)).log().abs() < 5 / count**0.5).all()

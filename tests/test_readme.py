@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from processes import python as run_python
 
 import predict
 from data import load_dataset
@@ -110,13 +111,13 @@ def place(tmp_path_factory, whole_run) -> Path:
 @pytest.mark.parametrize(
     "command", [pytest.param(c, marks=[pytest.mark.slow] * c.startswith(SLOW)) for c in COMMANDS if not ELSEWHERE.fullmatch(c)]
 )
-def test_every_command_runs(command, place, tmp_path):
+def test_every_command_runs(command, place, small_model, tmp_path):
     (added,) = (text for part, text in ADDED.items() if command.startswith(part))
     command += added.format(new=tmp_path / "new")
     if "--resume" in command:
         stopped = tmp_path / "stopped"
-        options = shlex.split(f"{SHORT} {stopped} --dataset sample --checkpoint-every 1")
-        assert subprocess.run([sys.executable, "-c", STOP, *options], cwd=ROOT, capture_output=True).returncode == 143
+        options = [*shlex.split(SHORT), stopped, "--model", small_model, "--dataset", "sample", "--checkpoint-every", "1"]
+        assert run_python("-c", STOP, *options).returncode == 143
         command = command.replace(RUN, str(stopped))
     command = command.replace("--nproc-per-node 4", "--nproc-per-node 2").replace("FOLDER", "my/folder")
     started_as = [command]

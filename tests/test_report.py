@@ -144,7 +144,19 @@ def runs(tmp_path_factory) -> tuple[Path, Path]:
     for part, pairs in rows.items():
         lines = (json.dumps({"text": text, "label": int(label), "label_text": NAMES[label]}) + "\n" for text, label in pairs)
         (dataset / f"{part}.jsonl").write_text("".join(lines))
-    where = ["--model", "minilm", "--dataset", str(dataset), "--epochs", "1", "--max-length", "64", "--batch-size", "4"]
+    where = [
+        "--model",
+        "minilm",
+        "--dataset",
+        str(dataset),
+        "--epochs",
+        "1",
+        "--max-length",
+        "64",
+        "--batch-size",
+        "4",
+        "--quiet",
+    ]
     assert train.main([*where, "--output-dir", str(folder / "one")]) == 0
     more = ["--r", "3", "--seed", "1", "--use-dora"]
     assert train.main([*where, *more, "--output-dir", str(folder / "two")]) == 0

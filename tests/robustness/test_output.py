@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import python
 
 ROOT = Path(__file__).parents[2]
 FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
@@ -58,8 +59,7 @@ def test_a_refusal_keeps_its_status_if_output_fails(small_model, tmp_path):
 @pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 3000])
 def test_labels_that_cannot_be_written_end_in_one_line(whole_run, tmp_path, count):
     (tmp_path / "texts.txt").write_text("A text that is labelled.\n" * count)
-    predict = [sys.executable, "predict.py", whole_run[0], "--input", tmp_path / "texts.txt"]
-    done = shell(predict, "> /dev/full")
+    done = python("predict.py", whole_run[0], "--input", tmp_path / "texts.txt", stdout="/dev/full")
     assert done.returncode == 2
     arithmetic, refusal = done.stderr.splitlines()
     assert arithmetic.startswith("arithmetic in ")
