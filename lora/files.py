@@ -102,13 +102,14 @@ def make_folder(folder: Path | str) -> Path:
 def write_file(path: Path, content: bytes) -> None:
     """Write a file whole or not at all: to a temporary file beside it, flushed to disk, then renamed.
 
-    A link is followed, and a file that is replaced keeps its permissions. A device or a pipe is written to as it is. Creates
-    the file's folder but not the folders above: if those are gone, something is wrong. Raises UserError.
+    A link is followed, and a file that is replaced keeps its permissions. A device, a pipe or /dev/stdout is written to as it
+    is. Creates the file's folder but not the folders above: if those are gone, something is wrong. Raises UserError.
     """
     file = resolve(path)
     with writing(path):
-        if file.exists() and not file.is_file():
-            file.write_bytes(content)
+        if (file.exists() and not file.is_file()) or os.path.abspath(path).startswith(("/dev/", "/proc/")):
+            with open(path, "ab") as opened:
+                opened.write(content)
             return
         file.parent.mkdir(exist_ok=True)
         with replacing(file) as temporary:

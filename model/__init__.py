@@ -5,6 +5,7 @@ from model.distilbert import DistilBertConfig, DistilBertForSequenceClassificati
 from model.pretrained import (
     EMBEDDED,
     EMBEDDED_ON_HUB,
+    config_sha256,
     load_pretrained,
     read_model_config,
     resolve_revision,

@@ -7,6 +7,7 @@ which is not used here. So BERT-family checkpoints (bert-base-uncased, MiniLM, T
 
 import contextlib
 import functools
+import hashlib
 import importlib.util
 import itertools
 import json
@@ -116,6 +117,11 @@ def read_model_config(name_or_path: str, revision: str | None = None) -> dict[st
 
 def weights_sha256(name_or_path: str, revision: str | None = None) -> str:
     return sha256_of_file(_locate(name_or_path, revision)[2])
+
+
+def config_sha256(config: DistilBertConfig) -> str:
+    """Of what the weights do not show, such as the number of heads. That of classes is not part of it."""
+    return hashlib.sha256(repr(replace(config, num_labels=0)).encode()).hexdigest()
 
 
 def save_pretrained(

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -30,11 +31,11 @@ def choose_device(name: str) -> torch.device:
     if not available.get(name):
         raise UserError(f"--device is {name}, but PyTorch finds none on this machine. Leave the option out, or use cpu")
     if name == "cuda":
-        number = int(os.environ.get("LOCAL_RANK", 0))
-        if number >= torch.cuda.device_count():
-            raise UserError(f"this machine has {torch.cuda.device_count()} GPUs. Set --nproc-per-node to that number or less")
-        torch.cuda.set_device(number)
-        return torch.device("cuda", number)
+        number, count = os.environ.get("LOCAL_RANK", "0"), torch.cuda.device_count()
+        if not re.fullmatch("[0-9]{1,9}", number) or int(number) >= count:
+            raise UserError(f"LOCAL_RANK is {number}, but this machine has {count} GPUs. Set --nproc-per-node to that or less")
+        torch.cuda.set_device(int(number))
+        return torch.device("cuda", int(number))
     return torch.device(name)
 
 

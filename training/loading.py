@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from common.errors import HubUnreachable, UserError
 from data import Dataset, load_dataset, tokenize
 from lora import LoraConfig
-from model import DistilBertForSequenceClassification, load_pretrained, resolve_revision, weights_sha256
+from model import DistilBertForSequenceClassification, config_sha256, load_pretrained, resolve_revision, weights_sha256
 from training.checkpoint import Checkpoint
 from training.evaluation import Examples
 from training.options import DEFAULT_DATASET, DEFAULT_MODEL, EMBEDDED_DATASET, EMBEDDED_MODEL, Options
@@ -33,7 +33,7 @@ class Inputs:
     commit: str | None  # of the model, if it comes from the hub
     dataset_commit: str | None  # likewise
     revision: str | None
-    sha256: dict[str, str]  # of the "weights" and the "data"
+    sha256: dict[str, str]  # of the "weights", the "config" and the "data"
     notice: str  # not empty if the embedded model or data is used instead
 
     def provenance(self) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def load_inputs(options: Options, checkpoint: Checkpoint | None) -> Inputs:
         commit=commit,
         dataset_commit=dataset.commit,
         revision=revision,
-        sha256={"weights": sha256, "data": data_sha256(train, test)},
+        sha256={"weights": sha256, "config": config_sha256(base.config), "data": data_sha256(train, test)},
         notice=notice,
     )
 

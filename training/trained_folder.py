@@ -16,6 +16,7 @@ from lora.config import CONFIG_FILE
 from model import (
     EMBEDDED,
     DistilBertForSequenceClassification,
+    config_sha256,
     load_pretrained,
     read_max_length,
     read_model_config,
@@ -75,8 +76,8 @@ def load_base(
 ) -> tuple[DistilBertForSequenceClassification, Tokenizer]:
     """The base model of the adapter in `folder`: the one that the adapter names, or another that the user has `chosen`.
 
-    Raises UserError if it cannot be found, or if its weights are not those that the run's results.json says it was trained
-    on. If the user chose it, this is only reported.
+    Raises UserError if it cannot be found, or if its weights or config.json are not those that the run's results.json says it
+    was trained on. If the user chose it, this is only reported.
     """
     try:
         loaded = load_pretrained(name, num_labels, revision)
@@ -87,11 +88,12 @@ def load_base(
         message = f"{folder / CONFIG_FILE} names the base model {name!r}, which is not a folder here, and {reason}"
         raise type(error)(f"{message}. Pass the base model with --model") from error
     if name != EMBEDDED and os.path.isdir(name):
-        sha256 = run_results(folder).get("sha256")
-        if isinstance(sha256, dict) and sha256.get("weights") not in (None, weights_sha256(name)):
-            message = f"the weights in {name} are not those that {folder.parent} was trained on: their sha256 differs"
+        recorded = run_results(folder).get("sha256")
+        now = {"weights": weights_sha256(name), "config": config_sha256(loaded[0].config)}
+        if isinstance(recorded, dict) and (changed := [what for what in now if recorded.get(what, now[what]) != now[what]]):
+            message = f"{name} is not what {folder.parent} was trained on: the sha256 of its {' and '.join(changed)} differs"
             if not chosen:
-                raise UserError(f"{message}. Restore them, or pass --model {name} to use them as they are")
+                raise UserError(f"{message}. Restore it, or pass --model {name} to use it as it is")
             print(message, file=sys.stderr)
     return loaded
 

@@ -113,11 +113,25 @@ def other_weights(weights) -> None:
 
 def test_another_base_of_the_same_shapes_is_refused(capsys, here):
     change_weights(here / "base", other_weights)
-    assert "the weights in base are not those that run was trained on" in refusal(capsys, predict.main, "run", "a text")
+    said = "base is not what run was trained on: the sha256 of its weights differs"
+    assert said in refusal(capsys, predict.main, "run", "a text")
     assert report.main(["run"]) == 0
     page = (here / "run" / "report.html").read_text()
     assert "left out, because the weights of the base model base have changed" in page
     assert "Singular values" not in page
+
+
+def test_a_base_with_another_number_of_heads_is_refused(capsys, here):
+    """Its weights, and so their sha256, are the same."""
+    config = json.loads((here / "base" / "config.json").read_text())
+    (here / "base" / "config.json").write_text(json.dumps(config | {"transformers_version": "6"}))
+    assert predict.main(["run", "a text"]) == 0
+    capsys.readouterr()
+    (here / "base" / "config.json").write_text(json.dumps(config | {"n_heads": 2 * config["n_heads"]}))
+    said = "base is not what run was trained on: the sha256 of its config differs"
+    assert said in refusal(capsys, predict.main, "run", "a text")
+    assert predict.main(["run", "a text", "--model", "base"]) == 0
+    assert said in capsys.readouterr().err
 
 
 def test_names_of_classes_that_are_exchanged_are_another_data_set(capsys, here):

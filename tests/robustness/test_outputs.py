@@ -22,7 +22,7 @@ import compare
 import predict
 import report
 from common.errors import UserError
-from common.files import locked, new_folder, refuse_to_overwrite, write_file
+from common.files import locked, new_file, new_folder, refuse_to_overwrite, write_file
 from training.artifacts import Metrics, check_outputs
 from training.checkpoint import Checkpoints, newest_first, read_newest
 from training.distributed import VARIABLES, Distributed
@@ -65,6 +65,21 @@ def test_a_report_is_written_through_links_and_pipes(run, tmp_path):
     finally:
         reader.kill()
     assert (tmp_path / "pipe").is_fifo()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux")
+def test_what_the_shell_has_opened_is_written_to_and_not_replaced(run, tmp_path):
+    """`report.py RUN --output /dev/stdout >> log`"""
+    (tmp_path / "log").write_text("before, ")
+    with open(tmp_path / "log", "a") as log:
+        assert report.main([str(run), "--output", f"/dev/fd/{log.fileno()}"]) == 0
+    assert (tmp_path / "log").read_text() == "before, page"
+    with (
+        open(tmp_path / "log") as log,
+        pytest.raises(UserError, match="is not a file"),
+        new_file(Path(f"/dev/fd/{log.fileno()}")),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(
