@@ -21,7 +21,7 @@ from model import DistilBertConfig, DistilBertForSequenceClassification, load_pr
 from model.pretrained import EMBEDDED_SHA256
 from reporting.results import find_mistakes
 from train import main
-from training.device import DTYPES, cast_frozen_matrices, choose_dtype, peak_memory_mb, time_products
+from training.device import DTYPES, cast_frozen_matrices, choose_device, choose_dtype, peak_memory_mb, time_products
 from training.evaluation import confusion_matrix, macro_f1
 from training.optimizer import lr_multiplier
 from training.options import Options, parse
@@ -86,6 +86,15 @@ def test_the_learning_rate_rises_and_falls_linearly():
     assert 0 < rates[-1] < 0.02
     assert lr_multiplier(1, 3, 0.0) == 1.0
     assert 0 < lr_multiplier(1, 1, 1.0) <= 1.0
+
+
+@pytest.mark.parametrize("local_rank", ["2", "abc", "-1"])
+def test_a_gpu_that_is_not_there_is_refused(local_rank, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    with pytest.raises(UserError, match=f"LOCAL_RANK is {local_rank}, but this machine has 2 GPUs"):
+        choose_device("auto")
 
 
 def test_labelling_imports_neither_the_compiler_of_torch_nor_the_client_of_the_hub(whole_run):
