@@ -43,9 +43,8 @@ def run(arguments: list[str] | None) -> None:
             # If the first run fell back to the embedded model or data, the others must use the same.
             typed |= {"model": results["model"], "dataset": results["dataset"]}
             rows.append(row(method, folder / method, results))
-    epochs = results["options"]["epochs"]
-    examples = results["train"]["examples"] // epochs
-    print(f"model {typed['model']}, data {typed['dataset']}: {examples:,} training examples, epochs: {epochs}")
+    rows, epochs = results["train"]["rows"], results["train"]["epochs"]
+    print(f"model {typed['model']}, data {typed['dataset']}: {rows:,} training examples, epochs: {epochs}")
     print(table(rows))
 
 

@@ -17,7 +17,6 @@ if __name__ == "__main__":
 
 import dataclasses
 import io
-import math
 import sys
 import time
 from datetime import datetime
@@ -26,7 +25,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from common.errors import run_cli
@@ -42,8 +40,10 @@ from training.fast_cpu import limit_caches
 from training.loading import load_inputs
 from training.optimizer import lr_multiplier, parameter_groups
 from training.options import Options, parse
+from training.plan import describe_plan, loss_function, plan
 from training.sanity_checks import frozen_sha256, lora_checks, refuse_not_finite
 from training.signals import Signals
+from training.validation import Validation
 
 LOG_EVERY = 10  # steps
 
@@ -89,12 +89,15 @@ def run(options: Options, checkpoint: Checkpoint | None = None) -> dict[str, Any
     with Signals(folder) as signals:
         if processes.is_main:
             make_folder(folder)
+        started = time.perf_counter()
         before = np.array(checkpoint.before) if checkpoint else evaluate(runner, inputs.test, num_labels, processes, "before")
         print(f"macro-F1 before training: {macro_f1(before):.4f}")
+        print(describe_plan(inputs, options, None if checkpoint else time.perf_counter() - started))
         provenance = {"options": dataclasses.asdict(options), "processes": processes.world_size, "fingerprint": identity}
         provenance |= {**inputs.provenance(), "before": before.tolist()}
         checkpoints = Checkpoints(folder, options.checkpoint_every, provenance, processes.is_main, checkpoint)
-        measured = train(runner, inputs.train, options, processes, checkpoints, signals)
+        validation = Validation(runner, inputs.validation, num_labels, processes, options.patience)
+        measured = train(runner, inputs.train, validation, options, processes, checkpoints, signals)
         after = evaluate(runner, inputs.test, num_labels, processes, "after")
         print(f"macro-F1 after training:  {macro_f1(after):.4f}")
         for name, f1 in zip(inputs.label_names, f1_per_class(after), strict=True):
@@ -116,6 +119,7 @@ def run(options: Options, checkpoint: Checkpoint | None = None) -> dict[str, Any
 def train(
     runner: ModelRunner,
     examples: Examples,
+    validation: Validation,
     options: Options,
     processes: Distributed,
     checkpoints: Checkpoints,
@@ -133,10 +137,11 @@ def train(
     model = runner.model
     texts, labels = examples
     parameters = list(trained_parameters(model).values())
-    groups = parameter_groups(model, options.learning_rate, options.loraplus_lr_ratio)
+    groups = parameter_groups(model, options.learning_rate, options.loraplus_lr_ratio, options.head_lr_ratio)
     optimizer = torch.optim.AdamW(groups, weight_decay=options.weight_decay, fused=True)
-    steps = options.epochs * math.ceil(len(labels) / options.batch_size)
-    resumed_step, seconds_before, losses = checkpoints.begin(model, optimizer)
+    cross_entropy = loss_function(labels, validation.num_labels, options).to(runner.device)
+    epochs, steps = plan(len(labels), options)
+    resumed_step, seconds_before, losses = checkpoints.begin(model, optimizer, validation)
     if resumed_step:
         print(f"continuing after step {resumed_step} of {steps}")
     metrics = Metrics(checkpoints, resumed_step, options.tensorboard and processes.is_main)
@@ -144,60 +149,73 @@ def train(
     model.train()
 
     step = examples_seen = 0
-    with signals.delayed(), progress_bar(options.epochs * len(labels), "train", quiet=not processes.is_main) as bar:
-        for epoch in range(options.epochs):
-            for batch in training_batches(texts.lengths, options.batch_size, options.seed, epoch):
-                step += 1
-                examples_seen += len(batch)
-                if step <= resumed_step:
-                    bar.update(len(batch))
-                    continue
+    batches = (
+        (epoch, batch)
+        for epoch in range(epochs)
+        for batch in training_batches(texts.lengths, options.batch_size, options.seed, epoch)
+    )
+    with signals.delayed(), progress_bar(epochs * len(labels), "train", quiet=not processes.is_main) as bar:
+        for epoch, batch in batches:
+            if step >= resumed_step and validation.ends_the_run():
+                break
+            step += 1
+            examples_seen += len(batch)
+            bar.update(len(batch))
+            if step <= resumed_step:
+                continue
 
-                multiplier = lr_multiplier(step, steps, options.warmup)
-                for group in optimizer.param_groups:
-                    group["lr"] = multiplier * group["initial_lr"]
+            multiplier = lr_multiplier(step, steps, options.warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = multiplier * group["initial_lr"]
 
-                torch.manual_seed(dropout_seed(options.seed, step, processes.rank))
-                loss = torch.zeros((), device=runner.device)
-                for micro_batch in micro_batches(texts.lengths, processes.shard(batch), runner.tokens):
-                    logits = runner(texts, micro_batch)
-                    targets = runner.to_device(torch.from_numpy(labels[micro_batch]))
-                    # divided by the size of the whole batch: the sum over all micro-batches is the mean over the batch
-                    micro_loss = F.cross_entropy(logits, targets, reduction="sum") / len(batch)
-                    micro_loss.backward()
-                    loss += micro_loss.detach()
+            torch.manual_seed(dropout_seed(options.seed, step, processes.rank))
+            loss = torch.zeros((), device=runner.device)
+            for micro_batch in micro_batches(texts.lengths, processes.shard(batch), runner.tokens):
+                logits = runner(texts, micro_batch)
+                targets = runner.to_device(torch.from_numpy(labels[micro_batch]))
+                # divided by the size of the whole batch: the sum over all micro-batches is the mean over the batch
+                micro_loss = cross_entropy(logits, targets) / len(batch)
+                micro_loss.backward()
+                loss += micro_loss.detach()
 
-                stop_signal = processes.all_reduce_gradients(parameters, loss, signals.received)
-                norm = nn.utils.clip_grad_norm_(parameters, max_norm=1.0)
-                batch_loss, gradient_norm = torch.stack([loss, norm]).tolist()
-                refuse_not_finite(batch_loss, gradient_norm, step, batch, options)
-                optimizer.step()
-                optimizer.zero_grad()
+            stop_signal = processes.all_reduce_gradients(parameters, loss, signals.received)
+            norm = nn.utils.clip_grad_norm_(parameters, max_norm=1.0)
+            batch_loss, gradient_norm = torch.stack([loss, norm]).tolist()
+            refuse_not_finite(batch_loss, gradient_norm, step, batch, options)
+            optimizer.step()
+            optimizer.zero_grad()
 
-                losses.append(batch_loss)
-                bar.update(len(batch))
-                if step % LOG_EVERY == 0 or step == steps:
-                    mean_loss = sum(losses) / len(losses)
-                    losses.clear()
-                    bar.set_postfix(loss=f"{mean_loss:.3f}")
-                    if processes.is_main:
-                        metrics.write(
-                            step=step,
-                            epoch=epoch,
-                            loss=mean_loss,
-                            learning_rate=multiplier * options.learning_rate,
-                            gradient_norm=gradient_norm,
-                            examples_per_second=examples_seen / (time.perf_counter() - started),
-                        )
-                if stop_signal or step == steps or checkpoints.due(step):
-                    checkpoints.save(step, model, optimizer, time.perf_counter() - started, losses)
-                if stop_signal:
-                    signals.stop(stop_signal)
+            losses.append(batch_loss)
+            scored = {"validation_macro_f1": validation.look(step)} if validation.is_due(step, steps) else {}
+            is_last = step == steps or validation.ends_the_run()
+            if step % LOG_EVERY == 0 or scored or is_last:
+                mean_loss = sum(losses) / len(losses)
+                losses.clear()
+                bar.set_postfix(loss=f"{mean_loss:.3f}", **scored)
+                if processes.is_main:
+                    metrics.write(
+                        step=step,
+                        epoch=epoch,
+                        loss=mean_loss,
+                        learning_rate=multiplier * options.learning_rate,
+                        gradient_norm=gradient_norm,
+                        examples_per_second=examples_seen / (time.perf_counter() - started),
+                        **scored,
+                    )
+            if stop_signal or is_last or checkpoints.due(step):
+                checkpoints.save(step, model, optimizer, time.perf_counter() - started, losses, validation)
+            if stop_signal:
+                signals.stop(stop_signal)
 
     seconds = time.perf_counter() - started
+    kept_step, kept_score = validation.keep_best() or (step, None)
     return {
+        "rows": len(labels),
         "examples": examples_seen,
-        "steps": steps,
+        "epochs": epochs,
+        "steps": step,
+        "kept_step": kept_step,
+        "validation_macro_f1": kept_score,
         "seconds": round(seconds, 3),
         "examples_per_second": round(examples_seen / seconds, 3),
         "optimizer_bytes": sum(tensor.nbytes for state in optimizer.state.values() for tensor in state.values()),

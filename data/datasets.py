@@ -54,6 +54,19 @@ class Dataset:
             raise UserError(f"--train-limit is {train_limit}, but there are {len(self.label_names)} classes to train on")
         return replace(self, train=self.train.sample(train_limit, seed), test=self.test.sample(test_limit, seed))
 
+    def with_validation(self, share: float | None, seed: int) -> "Dataset":
+        """With a validation part: the file that the data set has, or a share of the training part. None: no share."""
+        dataset = self
+        if share is not None:
+            if self.validation is not None:
+                raise UserError("the data set has a validation part: leave out --validation-share, or name one file")
+            train, validation = _put_aside(self.train, share, seed)
+            dataset = replace(self, train=train, validation=validation)
+        if dataset.validation is None:
+            return dataset
+        note = f"{len(dataset.validation):,} other examples choose the best state of the run (the validation part)"
+        return replace(dataset, notes=(*dataset.notes, note))
+
 
 class LabelledRow(NamedTuple):
     path: Path
@@ -98,11 +111,9 @@ def load_dataset(
             raise UserError(f"{error}. Or test on a share of the training part: --dataset {paths['train']}") from error
     if "test" not in splits:
         whole, share = splits["train"], TEST_SHARE if test_share is None else test_share
-        splits["train"], splits["test"] = _put_aside(train.path, whole, share, seed)
+        splits["train"], splits["test"] = _put_aside(whole, share, seed)
         size = f"{len(splits['test']):,} of {len(whole):,} rows"
         notes.append(f"{train.path.name}: {size} are put aside to test on (--test-share {share:g})")
-    if "validation" in splits:
-        notes.append(f"{paths['validation'].name}: {len(splits['validation']):,} rows, which are not used yet")
     label_names = list(names.values())
     spellings: dict[str, str] = {}
     for name in label_names:
@@ -129,13 +140,13 @@ def stratified(labels: np.ndarray, size: int, seed: int) -> np.ndarray:
     return np.sort(order[np.argsort(place[order], kind="stable")[:size]])
 
 
-def _put_aside(path: Path, whole: Split, share: float, seed: int) -> tuple[Split, Split]:
-    """A training and a test part. At least one example of each class is for training, and, if it has two, one for testing."""
+def _put_aside(whole: Split, share: float, seed: int) -> tuple[Split, Split]:
+    """What is left to train on, and a share. Each class has at least one example in the first, and, if it has two, in both."""
     num_labels = len(np.unique(whole.labels))
     kept = stratified(whole.labels, num_labels, seed)
     rest = np.setdiff1d(np.arange(len(whole)), kept)
     if not len(rest):
-        raise UserError(f"{path} has only one row of each class: add rows, some of which are put aside to test on")
+        raise UserError("the training part has only one row of each class: add rows, some of which are put aside")
     size = max(round(share * len(whole)), len(np.unique(whole.labels[rest])))
     test = rest[stratified(whole.labels[rest], size, seed)]
     return whole.take(np.setdiff1d(np.arange(len(whole)), test)), whole.take(test)

@@ -8,7 +8,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from reporting.results import Layers
+from reporting.results import VALIDATION, Layers
 
 WIDTH = 4.7  # inches, 338 units of the SVG: about the width of a phone, so that text keeps its size there
 FONT_SIZE = 10.5
@@ -57,19 +57,22 @@ def svg(figure: Figure, title: str) -> str:
 
 @matplotlib.rc_context(STYLE)
 def curves(metrics: list[dict[str, float]]) -> str:
-    """The loss and the learning rate over the steps, one below the other."""
-    figure = Figure((WIDTH, 4.1), layout="constrained")
-    axes = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
-    steps = [line["step"] for line in metrics]
-    for ax, key, colour in zip(axes, ["loss", "learning_rate"], COLOURS, strict=False):
-        values = [line[key] for line in metrics]
+    """The loss, the learning rate and, if there is one, the score of the validation part over the steps, one below another."""
+    curves = {
+        key: [(line["step"], line[key]) for line in metrics if key in line] for key in ("loss", "learning_rate", VALIDATION)
+    }
+    shown = {key: points for key, points in curves.items() if points}
+    figure = Figure((WIDTH, 4.1 + 1.6 * (len(shown) - 2)), layout="constrained")
+    axes = figure.subplots(len(shown), 1, sharex=True, height_ratios=[2, 1, 1.5][: len(shown)])
+    for ax, (key, points), colour in zip(axes, shown.items(), COLOURS, strict=False):
+        steps, values = zip(*points, strict=True)
         ax.plot(steps, values, "o-", color=colour, markersize=3 if len(steps) < 60 else 0)
         ax.set_ylim(0, 1.08 * max(values))
         ax.set_ylabel(key.replace("_", " "))
         ax.yaxis.set_major_formatter("{x:g}")
-    axes[1].set_xlim(left=0)
-    axes[1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes[1].set_xlabel("step")
+    axes[-1].set_xlim(left=0)
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[-1].set_xlabel("step")
     figure.align_ylabels()
     return svg(figure, "Loss and learning rate")
 

@@ -17,6 +17,8 @@ from training.inference import load_classifier
 from training.loading import data_sha256, load_data, require_weights, tokenize_examples
 from training.options import Options
 
+VALIDATION = "validation_macro_f1"  # only in the lines of metrics.jsonl that have looked
+CURVES = ("step", "loss", "learning_rate", VALIDATION)
 Layers = dict[str, dict[int, Geometry]]  # {"q_lin": {0: ..., 1: ...}, "v_lin": ...}: kind of module, number of layer
 
 
@@ -34,7 +36,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     """The lines of metrics.jsonl. An empty list if the file is missing or damaged: the report can do without it."""
     try:
         lines = [json.loads(line) for line in read_bytes(path).decode().splitlines()]
-        metrics = [{key: float(line[key]) for key in ("step", "loss", "learning_rate")} for line in lines]
+        metrics = [{key: float(line[key]) for key in CURVES if key in line or key != VALIDATION} for line in lines]
     except (ValueError, TypeError, KeyError, RecursionError, OverflowError):  # a UserError is a ValueError
         return []
     return metrics if all(math.isfinite(value) for line in metrics for value in line.values()) else []

@@ -1,9 +1,9 @@
 """Checkpoints: a stopped run continues from its newest one and ends as if it had never stopped, bit for bit.
 
-A checkpoint is one safetensors file, RUN/checkpoints/step-00000120.safetensors. It holds the trained parameters and AdamW's
-state. Its header holds the rest as JSON: the step, the options, the scores before training, and the sha256 of model and data.
-It holds no random state, because there is none: the order of the examples is a function of (seed, epoch), and the dropout of
-a step is a function of (seed, step, process).
+A checkpoint is one safetensors file, RUN/checkpoints/step-00000120.safetensors. It holds the trained parameters, AdamW's
+state and, if there is a validation part, the best parameters so far. Its header holds the rest as JSON: the step, the options,
+the scores before training, and the sha256 of model and data. It holds no random state, because there is none: the order of the
+examples is a function of (seed, epoch), and the dropout of a step is a function of (seed, step, process).
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
@@ -25,9 +25,12 @@ from common.errors import UserError
 from common.files import PARTIAL, locked, partials_of, read_safetensors, refuse_to_overwrite, write_file, writing
 from training.options import Options, flag
 
+if TYPE_CHECKING:
+    from training.validation import Validation
+
 FOLDER, NAME = "checkpoints", re.compile(r"step-\d{8}\.safetensors")
 KEEP = 2
-ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")  # of torch.optim.AdamW, for each parameter
+STATE = ("step", "exp_avg", "exp_avg_sq", "best")  # for each parameter: torch.optim.AdamW's, and the value of the best look
 INTERVAL = 30.0  # seconds between two checkpoints without --checkpoint-every ...
 SHARE = 0.01  # ... or longer, so that they take at most this share of the run time
 # options that do not affect the result, so that they may differ after a resume
@@ -50,6 +53,7 @@ class Checkpoint:
     fingerprint: dict[str, Any]
     before: list[list[int]]  # the confusion matrix before training
     dataset_commit: str | None = None
+    looks: list[tuple[int, float]] = dataclasses.field(default_factory=list)  # at the validation part
 
     @property
     def run(self) -> Path:
@@ -75,21 +79,24 @@ class Checkpoint:
             if value != self.fingerprint.get(key):
                 raise UserError(f"{key} has changed since the run in {self.run} began. Start a new run")
 
-    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Put the trained parameters and the optimizer's state back. Raises UserError if the parameters are not these."""
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, validation: "Validation | None" = None) -> None:
+        """Put trained parameters, optimizer and validation back. Raises UserError if the parameters are not these."""
         parameters = trained_parameters(model)
         own = {key: tensor for key, tensor in self.tensors.items() if "/" not in key}
         if {name: p.shape for name, p in parameters.items()} != {name: tensor.shape for name, tensor in own.items()}:
             raise UserError(f"{self.path} holds other parameters than this run trains. Start a new run")
         state = self.tensors.keys() - own.keys()
-        if {key.rpartition("/")[2] for key in state} - set(ADAMW_STATE):
+        if {key.rpartition("/")[2] for key in state} - set(STATE):
             raise UserError(f"{self.path} comes from another version of this program. Start a new run")
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(own[name])
         for key in state:
             name, _, kind = key.rpartition("/")
-            optimizer.state[parameters[name]][kind] = self.tensors[key].to(parameters[name].device, copy=True)
+            values: Any = validation.best if kind == "best" and validation else optimizer.state[parameters[name]]
+            values[name if kind == "best" else kind] = self.tensors[key].to(parameters[name].device, copy=True)
+        if validation:
+            validation.looks = [(step, score) for step, score in self.looks]
 
 
 class Checkpoints:
@@ -108,13 +115,24 @@ class Checkpoints:
             return step % self.every == 0
         return time.monotonic() - self.last > max(INTERVAL, self.cost / SHARE)
 
-    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, seconds: float, losses: list[float]) -> None:
+    def save(
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        seconds: float,
+        losses: list[float],
+        validation: "Validation | None" = None,
+    ) -> None:
         """Write a checkpoint, whole or not at all, then remove the oldest. Raises UserError if it cannot be written."""
         if not self.write:
             return
         start = time.monotonic()
-        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state_tensors(model, optimizer).items()}
-        state = json.dumps({"step": step, "seconds": seconds, "losses": losses, **self.provenance})
+        best = {f"{name}/best": tensor for name, tensor in validation.best.items()} if validation else {}
+        everything = state_tensors(model, optimizer) | best
+        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in everything.items()}
+        looks = {"looks": validation.looks} if validation else {}
+        state = json.dumps({"step": step, "seconds": seconds, "losses": losses, **looks, **self.provenance})
         content = safetensors.torch.save(tensors, metadata={"state": state, "sha256": sha256(state, tensors)})
         write_file(self.path(FOLDER) / f"step-{step:08}.safetensors", content)
         for old in newest_first(self.run)[KEEP:]:
@@ -123,7 +141,9 @@ class Checkpoints:
         self.last = time.monotonic()
         self.cost = self.last - start
 
-    def begin(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, float, list[float]]:
+    def begin(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, validation: "Validation | None" = None
+    ) -> tuple[int, float, list[float]]:
         """Start the run, or restore it. Returns its steps so far, their seconds, and the losses not yet in the metrics.
 
         Raises UserError if another process uses the folder, or if what the run did after the checkpoint cannot be undone.
@@ -132,7 +152,7 @@ class Checkpoints:
             self.clean(0)
             self.save(0, model, optimizer, 0.0, [])
             return 0, 0.0, []
-        self.resume_from.restore(model, optimizer)
+        self.resume_from.restore(model, optimizer, validation)
         self.clean(self.resume_from.step)
         return self.resume_from.step, self.resume_from.seconds, list(self.resume_from.losses)
 

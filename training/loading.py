@@ -26,6 +26,7 @@ class Inputs:
     tokenizer: Tokenizer
     train: Examples
     test: Examples
+    validation: Examples | None
     label_names: list[str]
     lora_config: LoraConfig | None  # None with --method full
     model: str  # the name of the model and of the data set, typed or chosen
@@ -87,7 +88,7 @@ def load_inputs(options: Options, checkpoint: Checkpoint | None) -> Inputs:
     if options.r > base.config.dim:
         raise UserError(f"--r is {options.r}, but the weights of {model_name} have rank {base.config.dim} at most")
 
-    train, test = tokenize_examples(dataset, tokenizer, options.max_length)
+    train, test, validation = tokenize_examples(dataset, tokenizer, options.max_length)
     sizes = f"{len(dataset.train):,} training examples, {len(dataset.test):,} test examples"
     print(f"model {model_name}, data {dataset_name}: {sizes}", *class_counts(dataset), *dataset.notes, sep="\n")
     revision = commit or options.revision
@@ -96,6 +97,7 @@ def load_inputs(options: Options, checkpoint: Checkpoint | None) -> Inputs:
         tokenizer=tokenizer,
         train=train,
         test=test,
+        validation=validation,
         label_names=dataset.label_names,
         lora_config=options.lora_config(model_name, revision),
         model=model_name,
@@ -103,20 +105,23 @@ def load_inputs(options: Options, checkpoint: Checkpoint | None) -> Inputs:
         commit=commit,
         dataset_commit=dataset.commit,
         revision=revision,
-        sha256={"weights": sha256, "config": config_sha256(base.config), "data": data_sha256(train, test)},
+        sha256={"weights": sha256, "config": config_sha256(base.config), "data": data_sha256(train, test, validation)},
         notice=notice,
     )
 
 
 def load_data(name: str, options: Options, revision: str | None) -> Dataset:
-    """The data of a run, within its limits."""
+    """The data of a run, within its limits, and with its validation part."""
     dataset = load_dataset(name, options.text_column, options.label_column, options.test_share, options.seed, revision)
-    return dataset.limited(options.train_limit, options.test_limit, options.seed)
+    limited = dataset.limited(options.train_limit, options.test_limit, options.seed)
+    return limited.with_validation(options.validation_share, options.seed)
 
 
-def tokenize_examples(dataset: Dataset, tokenizer: Tokenizer, max_length: int) -> tuple[Examples, Examples]:
-    train, test = (Examples(tokenize(tokenizer, part.texts, max_length), part.labels) for part in (dataset.train, dataset.test))
-    return train, test
+def tokenize_examples(dataset: Dataset, tokenizer: Tokenizer, max_length: int) -> tuple[Examples, Examples, Examples | None]:
+    """The training, the test and, if there is one, the validation part."""
+    parts = (dataset.train, dataset.test, dataset.validation)
+    train, test, *validation = (Examples(tokenize(tokenizer, part.texts, max_length), part.labels) for part in parts if part)
+    return train, test, validation[0] if validation else None
 
 
 def class_counts(dataset: Dataset) -> list[str]:
@@ -127,9 +132,9 @@ def class_counts(dataset: Dataset) -> list[str]:
     return lines if number <= 20 else [*lines[:20], f"  and {number - 20} more classes"]
 
 
-def data_sha256(train: Examples, test: Examples) -> str:
+def data_sha256(*parts: Examples | None) -> str:
     digest = hashlib.sha256()
-    for texts, labels in (train, test):
+    for texts, labels in filter(None, parts):
         digest.update(texts.ids.data)
         digest.update(labels.data)
     return digest.hexdigest()

@@ -6,18 +6,23 @@ from torch import nn
 
 from common.errors import UserError
 
+HEAD = {"pre_classifier", "classifier"}  # parts of the name of a parameter
 
-def parameter_groups(model: nn.Module, learning_rate: float, loraplus_lr_ratio: float) -> list[dict[str, Any]]:
+
+def parameter_groups(
+    model: nn.Module, learning_rate: float, loraplus_lr_ratio: float = 1.0, head_lr_ratio: float = 1.0
+) -> list[dict[str, Any]]:
     """The trainable parameters in groups for a torch optimizer, each with its peak learning rate as "initial_lr".
 
-    B learns `loraplus_lr_ratio` times as fast as the rest (LoRA+, Hayou et al. 2024, arXiv:2402.12354).
-    Raises UserError if nothing is trainable.
+    B learns `loraplus_lr_ratio` times as fast as A (LoRA+, Hayou et al. 2024, arXiv:2402.12354), the head `head_lr_ratio`
+    times as fast as A. Raises UserError if nothing is trainable.
     """
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_B = name.endswith(".lora_B.weight")
-            groups.setdefault(learning_rate * loraplus_lr_ratio if is_B else learning_rate, []).append(parameter)
+            ratio = loraplus_lr_ratio if name.endswith(".lora_B.weight") else 1.0
+            ratio = head_lr_ratio if HEAD & set(name.split(".")) else ratio
+            groups.setdefault(learning_rate * ratio, []).append(parameter)
     if not groups:
         raise UserError("this model has no trainable parameters. Load the adapter with is_trainable=True")
     return [{"params": parameters, "lr": lr, "initial_lr": lr} for lr, parameters in groups.items()]

@@ -15,6 +15,7 @@ from lora import NO_TARGETS, LoraConfig
 DEFAULT_MODEL, EMBEDDED_MODEL = "distilbert-base-uncased", "minilm"
 DEFAULT_DATASET, EMBEDDED_DATASET = "ag_news", "sample"
 LEARNING_RATES = {"lora": 5e-4, "full": 5e-5, "head": 2e-3}  # the default of each method
+MIN_EPOCHS, MIN_STEPS = 3, 250  # unless --epochs is typed: three epochs of a small data set are too few steps
 LARGEST = 2**31 - 1
 LORA_OPTIONS = ("r", "lora_alpha", "lora_dropout", "target_modules", "bias", "use_rslora", "use_dora", "loraplus_lr_ratio")
 
@@ -62,7 +63,10 @@ class Options:
     use_rslora: bool = option(False, "scale by alpha / sqrt(r) instead (rsLoRA)")
     use_dora: bool = option(False, "train the magnitude and the direction of each row of W separately (DoRA)")
     loraplus_lr_ratio: float = option(1.0, "learning rate of B relative to the rest (LoRA+; 16 is typical)", 1e-6, 1e6)
-    epochs: int = option(3, "passes over the training examples", 1, LARGEST)
+    head_lr_ratio: float = option(1.0, "learning rate of the head relative to the rest", 1e-6, 1e6)
+    epochs: int | None = option(
+        None, f"passes over the training examples [{MIN_EPOCHS}, and more if they make less than {MIN_STEPS} steps]", 1, LARGEST
+    )
     batch_size: int = option(16, "examples per step", 1, LARGEST)
     learning_rate: float = option(
         None, f"peak learning rate [{', '.join(f'{rate:g} for {name}' for name, rate in LEARNING_RATES.items())}]", 1e-30, 1e30
@@ -70,6 +74,16 @@ class Options:
     weight_decay: float = option(0.01, "weight decay of AdamW", 0, 1e30)
     warmup: float = option(
         0.1, "fraction of the steps in which the learning rate rises from 0; then it falls linearly to 0", 0, 1
+    )
+    label_smoothing: float = option(0.0, "share of each label that is spread over all classes", 0, 1)
+    class_weights: str = option(
+        "none", "weight of each class in the loss: none, or balanced (rare ones more)", choices=("none", "balanced")
+    )
+    validation_share: float | None = option(
+        None, "share of the training rows to put aside, at random by --seed, to choose the best epoch by [0]", 0.001, 0.9
+    )
+    patience: int | None = option(
+        None, "end after so many looks (of 10) at the validation part that bring no better macro-F1", 1, LARGEST
     )
     max_length: int = option(256, "maximum tokens per text; the rest is cut off", 3, LARGEST)
     seed: int = option(0, "seed of the head, the adapters, the order of the examples, dropout and what is drawn", 0, 2**63 - 1)
