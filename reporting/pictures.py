@@ -58,10 +58,8 @@ def svg(figure: Figure, title: str) -> str:
 @matplotlib.rc_context(STYLE)
 def curves(metrics: list[dict[str, float]]) -> str:
     """The loss, the learning rate and, if there is one, the score of the validation part over the steps, one below another."""
-    curves = {
-        key: [(line["step"], line[key]) for line in metrics if key in line] for key in ("loss", "learning_rate", VALIDATION)
-    }
-    shown = {key: points for key, points in curves.items() if points}
+    keys = ("loss", "learning_rate", VALIDATION)
+    shown = {key: points for key in keys if (points := [(line["step"], line[key]) for line in metrics if key in line])}
     figure = Figure((WIDTH, 4.1 + 1.6 * (len(shown) - 2)), layout="constrained")
     axes = figure.subplots(len(shown), 1, sharex=True, height_ratios=[2, 1, 1.5][: len(shown)])
     for ax, (key, points), colour in zip(axes, shown.items(), COLOURS, strict=False):

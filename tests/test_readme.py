@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from processes import python as run_python
 
 import predict
 from data import load_dataset
@@ -115,6 +114,8 @@ def test_every_command_runs(command, place, small_model, tmp_path):
     (added,) = (text for part, text in ADDED.items() if command.startswith(part))
     command += added.format(new=tmp_path / "new")
     if "--resume" in command:
+        from processes import python as run_python  # here: `python -m tests.test_readme` does not find it
+
         stopped = tmp_path / "stopped"
         options = [*shlex.split(SHORT), stopped, "--model", small_model, "--dataset", "sample", "--checkpoint-every", "1"]
         assert run_python("-c", STOP, *options).returncode == 143

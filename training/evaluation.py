@@ -73,12 +73,15 @@ def compute_logits(
     return logits
 
 
-def evaluate(runner: ModelRunner, examples: Examples, num_labels: int, processes: Distributed, title: str) -> np.ndarray:
-    """The confusion matrix (C, C) over all examples. Each process counts its shard, and the counts are added up once."""
+def evaluate(runner: ModelRunner, examples: Examples, num_labels: int, processes: Distributed, title: str | None) -> np.ndarray:
+    """The confusion matrix (C, C) over all examples. Each process counts its shard, and the counts are added up once.
+
+    Shows a progress bar if it has a title.
+    """
     texts, labels = examples
     matrix = np.zeros((num_labels, num_labels), dtype=np.int64)
     if shard := processes.shard(evaluation_batches(texts.lengths, runner.tokens)):
-        with progress_bar(sum(map(len, shard)), title, leave=False, quiet=not processes.is_main) as bar:
+        with progress_bar(sum(map(len, shard)), title or "", leave=False, quiet=not (title and processes.is_main)) as bar:
             predictions = compute_logits(runner, texts, shard, bar).argmax(axis=1)
         matrix = confusion_matrix(labels[np.concatenate(shard)], predictions, num_labels)
     return processes.all_reduce(torch.from_numpy(matrix).to(runner.device)).cpu().numpy()

@@ -31,7 +31,7 @@ class Validation:
     def look(self, step: int) -> float:
         """The macro-F1 after `step`. Leaves the model in training mode."""
         assert self.examples is not None
-        score = macro_f1(evaluate(self.runner, self.examples, self.num_labels, self.processes, "validation"))
+        score = macro_f1(evaluate(self.runner, self.examples, self.num_labels, self.processes, title=None))
         self.runner.model.train()
         self.looks.append((step, score))
         if self.best_look() == (step, score):
