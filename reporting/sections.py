@@ -44,13 +44,13 @@ def what_was_run(results: dict[str, Any]) -> str:
     rows = {
         "model": results["model"] + commit,
         "data set": results["dataset"],
-        "examples": f"{train['rows']:,} to train on, {tested:,} to test on",
+        "examples": f"{train.get('rows') or train['examples'] // options['epochs']:,} to train on, {tested:,} to test on",
         "trained": "{trainable:,} of {all:,} parameters ({percent:g} %)".format(**results["parameters"]),
     }
     if results["embedded"]:
         rows["hub"] = "could not be reached, so the embedded model or data set was used"
     rows |= {key.replace("_", " "): value for key, value in listed(options).items() if value not in (None, False)}
-    if train["validation_macro_f1"] is not None:
+    if train.get("validation_macro_f1") is not None:
         rows["kept"] = f"the state after step {train['kept_step']:,} of {train['steps']:,}, the best on the validation part"
     rows["arithmetic"] = f"{results['dtype']} on {results['device']}, processes: {results['processes']}"
     rows["training took"] = f"{train['seconds']:,.0f} s, {train['examples_per_second']:,.1f} examples/s"

@@ -321,7 +321,7 @@ def test_a_damaged_results_json_is_one_line(runs, tmp_path, capsys):
     options, after = results["options"], results["after"]
     damages: list[dict[str, object]] = [
         {"options": []},
-        {"options": options | {"epochs": 0}},
+        {"train": {}},
         {"options": options | {"method": "prefix"}},
         {"options": options | {"max_length": "long"}},
         {"sha256": {}},

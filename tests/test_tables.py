@@ -265,7 +265,6 @@ def test_a_public_data_set_is_read_in_its_commonest_forms_with_at_most_two_optio
         assert both(dataset) == sorted(expected * 2)
     has_validation = any(re.match(r"(dev|val)", file) for file in files)
     assert (dataset.validation is not None) == has_validation
-    assert any("not used yet" in note for note in dataset.notes) == has_validation
 
 
 # What the rows keep, and what is put aside
