@@ -17,6 +17,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ import numpy as np
 
 from common.errors import UserError, run_cli
 from data import load_dataset
+from training.evaluation import confusion_matrix, macro_f1
 
 ROOT = Path(__file__).parent.parent
 WRITING = Lock()
@@ -81,10 +83,15 @@ class Point:
 
 def points() -> Iterator[Point]:
     """Every run, the cheapest question first."""
-    for rows, epochs in (100, (15, 30, 60)), (400, (4, 8, 16)):  # about 100, 200 and 400 steps
+    for rows, epochs in (100, (15, 36, 60)), (400, (4, 10, 16)):  # about 100, 250 and 400 steps
         for rate in (5e-4, 2e-3):
             for count in epochs:
                 yield Point("steps", "q, v; r = 2", rows, PAPER | {"epochs": count, "learning_rate": rate})
+    for seed in 0, 1, 2:
+        for rows in 100, 1_000, 4_000:
+            yield Point("small", LINEAR, rows, seed=seed, test=True)
+        yield Point("small", "q, v; r = 2", 100, PAPER, seed, test=True)
+        yield Point("small", "q, v; r = 2", 100, PAPER | {"learning_rate": 2e-3}, seed, test=True)
     for method, rates in RATES.items():
         for rate in rates:
             yield Point("rates", method, 1_000, METHODS[method] | {"epochs": 4, "learning_rate": rate})
@@ -159,6 +166,29 @@ def train(point: Point, dataset: Path, folder: Path, threads: int) -> dict[str, 
     }
 
 
+def linear(folder: Path) -> dict[str, Any]:
+    """The row of a linear SVM on TF-IDF."""
+    import sklearn
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.pipeline import make_pipeline
+    from sklearn.svm import LinearSVC
+
+    data, start = load_dataset(str(folder)), time.perf_counter()
+    model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LinearSVC())
+    predicted = model.fit(data.train.texts, data.train.labels).predict(data.test.texts)
+    matrix = confusion_matrix(data.test.labels, predicted, len(data.label_names))
+    return {
+        "scored_rows": len(data.test),
+        "macro_f1": f"{macro_f1(matrix):.4f}",
+        "classes_predicted": len(np.unique(predicted)),
+        "trained_parameters": model[-1].coef_.size,
+        "steps": "",
+        "seconds": f"{time.perf_counter() - start:.1f}",
+        "threads": 1,
+        "torch": f"scikit-learn {sklearn.__version__}",
+    }
+
+
 def processor() -> str:
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
         if line.startswith("model name"):
@@ -178,8 +208,8 @@ def sweep(options: argparse.Namespace) -> None:
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
 
     def run(point: Point) -> dict[str, Any]:
-        source = options.data if point.rows <= options.small else options.large
-        return train(point, write_data(source, point, options.folder), options.folder, threads)
+        dataset = write_data(options.data if point.rows <= options.small else options.large, point, options.folder)
+        return linear(dataset) if point.method == LINEAR else train(point, dataset, options.folder, threads)
 
     with ThreadPoolExecutor(options.jobs) as pool:
         futures = {pool.submit(run, point): point for point in wanted}
