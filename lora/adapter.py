@@ -57,8 +57,7 @@ def save_adapter(model: nn.Module, config: LoraConfig, folder: str | Path) -> No
         write_file(folder / WEIGHTS_FILE, safetensors.torch.save(tensors, metadata={"format": "pt"}))
     except ImportError as error:
         raise UserError("safetensors needs numpy to write a file: pip install numpy") from error
-    # a trained adapter no longer depends on how A and B started
-    replace(config, inference_mode=True, init_lora_weights=True).save_pretrained(folder)
+    replace(config, inference_mode=True).save_pretrained(folder)
 
 
 def read_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, Tensor]]:

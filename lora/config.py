@@ -139,6 +139,7 @@ class LoraConfig:
         """Write adapter_config.json, with sorted keys that every version of peft knows. Raises UserError if it cannot."""
         values = {key: sorted(value) if isinstance(value, list) else value for key, value in self.to_dict().items()
                   if key not in NEWER or value}  # fmt: skip
+        values["init_lora_weights"] = True  # a trained adapter no longer depends on how A and B started
         text = json.dumps(values, indent=2, sort_keys=True)
         write_file(make_folder(folder) / CONFIG_FILE, text.encode() + b"\n")
 
