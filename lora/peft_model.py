@@ -61,7 +61,7 @@ class PeftModel(nn.Module):
     def _describe(self, config: LoraConfig) -> None:
         model = self.base_model
         kinds = {name.replace("_orig_mod.", ""): type(module) for name, module in model.named_modules()}  # of torch.compile
-        config = replace(config, modules_to_save=[name for name, kind in kinds.items() if kind is ModulesToSaveWrapper])
+        config = replace(config, modules_to_save=sorted(name for name, kind in kinds.items() if kind is ModulesToSaveWrapper))
         if config.target_modules in (None, "all-linear"):
             targets = {name for name, kind in kinds.items() if issubclass(kind, LoRALinear)}
             config.target_modules = sorted(find_minimal_target_modules(targets, kinds.keys() - targets))
