@@ -5,6 +5,7 @@ A tensor's key is its name in the model behind peft's prefix:
 """
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import safetensors.torch
@@ -56,7 +57,7 @@ def save_adapter(model: nn.Module, config: LoraConfig, folder: str | Path) -> No
         write_file(folder / WEIGHTS_FILE, safetensors.torch.save(tensors, metadata={"format": "pt"}))
     except ImportError as error:
         raise UserError("safetensors needs numpy to write a file: pip install numpy") from error
-    config.save_pretrained(folder)
+    replace(config, inference_mode=True).save_pretrained(folder)
 
 
 def read_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, Tensor]]:

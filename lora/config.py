@@ -94,7 +94,7 @@ class LoraConfig:
             if choices and value not in choices:
                 raise UserError(f"{item.name} is {value!r}. Supported: {', '.join(map(str, choices))}")
         if self.layers_pattern and self.layers_to_transform in (None, []):
-            raise UserError("layers_pattern needs layers_to_transform, the numbers of the layers")
+            raise UserError("When `layers_pattern` is specified, `layers_to_transform` must also be specified")
         ranks = {"r": self.r} | {f"rank_pattern[{name!r}]": rank for name, rank in self.rank_pattern.items()}
         for name, rank in ranks.items():
             if not 1 <= rank < MAX_RANK:
@@ -106,8 +106,11 @@ class LoraConfig:
         if not 0 <= self.lora_dropout < 1:
             raise UserError(f"lora_dropout is {self.lora_dropout}. It must be at least 0 and less than 1")
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    to_dict = asdict
+
+    @staticmethod
+    def from_json_file(path_json_file: str | Path) -> dict[str, Any]:
+        return read_json(Path(path_json_file))
 
     @classmethod
     def from_pretrained(cls, model_id: str | Path, **hub: Any) -> LoraConfig:
@@ -136,8 +139,7 @@ class LoraConfig:
         """Write adapter_config.json, with sorted keys that every version of peft knows. Raises UserError if it cannot."""
         values = {key: sorted(value) if isinstance(value, list) else value for key, value in self.to_dict().items()
                   if key not in NEWER or value}  # fmt: skip
-        # a trained adapter no longer depends on how A and B started
-        values |= {"inference_mode": True, "init_lora_weights": True}
+        values["init_lora_weights"] = True  # a trained adapter no longer depends on how A and B started
         text = json.dumps(values, indent=2, sort_keys=True)
         write_file(make_folder(folder) / CONFIG_FILE, text.encode() + b"\n")
 

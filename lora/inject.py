@@ -63,7 +63,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 def enable(model: nn.Module, enabled: bool) -> bool:
     """Compute with all that was trained, or exactly as the base model, unmerged. Returns whether trained biases were in use."""
     for module in adapted_modules(model):
-        module.enabled = enabled
+        module.disable_adapters = not enabled
         if isinstance(module, LoRALinear) and not enabled:
             module.unmerge()
     return use_biases(model, trained=enabled)
@@ -75,15 +75,15 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
 
     Raises UserError at the end if a merged adapter was changed within, and its sum is not finite. It is then unmerged.
     """
-    modules = [(module, module.enabled) for module in adapted_modules(model)]
+    modules = [(module, module.disable_adapters) for module in adapted_modules(model)]
     merged = [module for module, _ in modules if isinstance(module, LoRALinear) and module.merged]
     trained_biases = enable(model, False)
     try:
         yield
     finally:
         use_biases(model, trained_biases)
-        for module, was_enabled in modules:
-            module.enabled = was_enabled
+        for module, was_disabled in modules:
+            module.disable_adapters = was_disabled
         for layer in merged:
             layer.merge()
 
@@ -131,6 +131,6 @@ def unload(model: nn.Module, merged: bool) -> None:
 
 def _enabled_layers(model: nn.Module) -> list[LoRALinear]:
     modules = adapted_modules(model)
-    if not all(module.enabled for module in modules):
+    if any(module.disable_adapters for module in modules):
         raise UserError("the adapter is disabled here. Call this after the disable_adapter() block or enable_adapter_layers()")
     return [module for module in modules if isinstance(module, LoRALinear)]

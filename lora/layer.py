@@ -65,7 +65,7 @@ class LoRALinear(nn.Linear):
         self.lora_B = nn.Linear(r, self.out_features, bias=False, device=weight.device, dtype=torch.float32)
         self.lora_dropout = nn.Dropout(lora_dropout)
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
-        self.enabled = True
+        self.disable_adapters = False
         self.register_buffer("W0", None, persistent=False)
         # a = sqrt(5) gives U(-1 / sqrt(d_in), 1 / sqrt(d_in)), as in nn.Linear, and for A in the authors' code and in peft
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
@@ -86,7 +86,7 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight, self.bias)  # W0 x + b
-        if self.merged or not self.enabled:
+        if self.merged or self.disable_adapters:
             return y
         # cast the two thin matrices to the type of x: cheaper than peft's way, which casts x to float32
         A, B = self.lora_A.weight.to(x.dtype), self.lora_B.weight.to(x.dtype)

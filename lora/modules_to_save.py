@@ -17,7 +17,7 @@ class ModulesToSaveWrapper(nn.Module):
         super().__init__()
         self.original_module = module
         self.trained_module = copy.deepcopy(module).float().requires_grad_(True)
-        self.enabled = True
+        self.disable_adapters = False
         self.train(module.training)
 
     def __getattr__(self, name: str) -> Any:
@@ -27,11 +27,11 @@ class ModulesToSaveWrapper(nn.Module):
         except AttributeError:
             if name in ("original_module", "trained_module"):  # not set yet
                 raise
-            return getattr(self.trained_module if self.enabled else self.original_module, name)
+            return getattr(self.original_module if self.disable_adapters else self.trained_module, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """In a 16-bit model, the input is cast to float32 for the trained copy, and the output is cast back."""
-        if not self.enabled:
+        if self.disable_adapters:
             return self.original_module(*args, **kwargs)
         dtype = next((arg.dtype for arg in args if _is_float(arg)), None)
         trained_dtype = next((parameter.dtype for parameter in self.trained_module.parameters()), dtype)

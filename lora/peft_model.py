@@ -17,7 +17,7 @@ from lora.errors import UserError
 from lora.files import find_folder
 from lora.layer import LoRALinear
 from lora.modules_to_save import ModulesToSaveWrapper
-from lora.targets import find_head, short_names
+from lora.targets import find_head, find_minimal_target_modules
 
 # peft's options: those of which one value is supported, those that change nothing here, and those of the hub
 ONLY = {"adapter_name": "default", "mixed": False, "safe_serialization": True}
@@ -52,15 +52,19 @@ class PeftModel(nn.Module):
     def __init__(self, model: nn.Module, peft_config: LoraConfig, adapter_name: str = "default", **options: Any):
         super().__init__()
         strict = options.pop("strict", True)  # a name in a file may match nothing, as in peft
-        _hub_options(options, adapter_name=adapter_name)
+        peft_config = replace(peft_config, revision=options.pop("revision", None) or peft_config.revision)
+        _check_options(options, adapter_name=adapter_name)
         self.base_model = _unwrapped(model)  # the wrapper may have been left after unload()
         inject.inject(self.base_model, peft_config, strict)
         self._describe(peft_config)
 
     def _describe(self, config: LoraConfig) -> None:
-        model, config = self.base_model, replace(config, modules_to_save=short_names(self.base_model, ModulesToSaveWrapper))
+        model = self.base_model
+        kinds = {name.replace("_orig_mod.", ""): type(module) for name, module in model.named_modules()}  # of torch.compile
+        config = replace(config, modules_to_save=sorted(name for name, kind in kinds.items() if kind is ModulesToSaveWrapper))
         if config.target_modules in (None, "all-linear"):
-            config.target_modules = short_names(model, LoRALinear)
+            targets = {name for name, kind in kinds.items() if issubclass(kind, LoRALinear)}
+            config.target_modules = sorted(find_minimal_target_modules(targets, kinds.keys() - targets))
         config.base_model_name_or_path = config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
         where = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
         config.auto_mapping = None if config.task_type else where
@@ -86,6 +90,14 @@ class PeftModel(nn.Module):
     @property
     def active_peft_config(self) -> LoraConfig:
         return self.peft_config["default"]
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        return [name for name, module in self.base_model.named_modules() if isinstance(module, LoRALinear)]
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        return not any(module.disable_adapters for module in inject.adapted_modules(self))
 
     def get_base_model(self) -> nn.Module:
         return self.base_model
@@ -114,7 +126,7 @@ class PeftModel(nn.Module):
     def save_pretrained(self, save_directory: str | Path, safe_serialization: bool = True, **options: Any) -> None:
         """Write configuration and weights, head included, unless `is_main_process` is False. Raises as `save_adapter` does."""
         is_main_process = options.pop("is_main_process", True)
-        _hub_options(options, safe_serialization=safe_serialization)
+        _check_options(options, safe_serialization=safe_serialization)
         if is_main_process:
             adapter.save_adapter(self.base_model, self.active_peft_config, save_directory)
 
@@ -192,7 +204,7 @@ def inject_adapter_in_model(peft_config: LoraConfig, model: nn.Module, adapter_n
 
 def get_peft_model_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
     """The trained tensors under the keys of peft's files. They share the model's memory."""
-    _hub_options({}, adapter_name=adapter_name)
+    _check_options({}, adapter_name=adapter_name)
     prefix = "" if isinstance(model, PeftModel) else adapter.PREFIX
     return {key.removeprefix(prefix): tensor for key, tensor in adapter.adapter_tensors(_unwrapped(model)).items()}
 
@@ -212,17 +224,17 @@ def set_peft_model_state_dict(model: nn.Module, peft_model_state_dict: dict, ada
     return nn.modules.module._IncompatibleKeys([], [])
 
 
-def _hub_options(options: dict[str, Any], **named: Any) -> dict[str, Any]:
-    """The options of the hub. Raises UserError for one that is unknown, or has a value that is not supported."""
+def _check_options(options: dict[str, Any], known: set[str] = NO_EFFECT, **named: Any) -> None:
+    """Raises UserError for an option that is not known, or has a value that is not supported."""
     for name, value in {**named, **options}.items():
-        if name not in ONLY.keys() | NO_EFFECT | HUB or value != ONLY.get(name, value):
+        if name not in ONLY.keys() | known or value != ONLY.get(name, value):
             raise UserError(f"{name}={value!r} is not supported. docs/peft.md lists the differences from peft")
-    return {name: value for name, value in options.items() if name in HUB}
 
 
 def _read_for(model: nn.Module, model_id: str | Path, is_trainable: bool, config: LoraConfig | None, options: dict) -> Any:
     """Read an adapter, and put it into a copy of the model without data to check that it fits: a bad one changes nothing."""
-    folder = find_folder(model_id, _hub_options(options), adapter.FILES)
+    _check_options(options, NO_EFFECT | HUB)
+    folder = find_folder(model_id, {name: options[name] for name in options.keys() & HUB}, adapter.FILES)
     read, tensors = adapter.read_adapter(folder)
     model, config = _unwrapped(model), config or read
     skeleton = copy.deepcopy(model, {id(p): nn.Parameter(p.to("meta"), False) for p in model.parameters()}

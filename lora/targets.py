@@ -1,7 +1,8 @@
 """Which modules a configuration names. Names are matched exactly as peft matches them."""
 
 import re
-from collections.abc import Iterable
+import warnings
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import nn
@@ -28,28 +29,26 @@ def find_targets(model: nn.Module, config: LoraConfig, head: list[str], strict: 
     if wanted == NO_TARGETS:
         return []
     if not wanted:
-        raise UserError(f"target_modules is empty. Choose from: {_last_parts(linear)}")
+        raise UserError(f"Please specify `target_modules`, which is empty. Choose from: {_last_parts(linear)}")
     if wanted == "all-linear":
         output = getattr(model, "get_output_embeddings", lambda: None)()
         names = [name for name in linear if modules[name] is not output]
     else:
-        known = {end for name in modules for end in _ends(name)}
-        for end in wanted if strict and isinstance(wanted, list) else []:
-            if end not in known:
-                raise UserError(f"target_modules: no layer is named {end!r}. Choose from: {_last_parts(linear)}")
         names = _named(modules, wanted, "target_modules")
-    where, chosen = "", config.layers_to_transform
-    if chosen not in (None, []):
-        in_layers = _in_layers(names, [chosen] if isinstance(chosen, int) else chosen, config.layers_pattern)
-        full_names = [] if isinstance(wanted, str) else wanted  # an entry that is a full name always counts
-        names = [name for name in names if name in full_names or name in in_layers]
-        where = f". layers_to_transform is {chosen}, but no layer of that number has one"
-    if not names:
-        raise UserError(f"target_modules: {wanted!r} matches no layer{where}. Choose from: {_last_parts(linear)}")
-    excluded = _named(modules, config.exclude_modules or [], "exclude_modules")
+    if not (names := _in_layers(names, wanted, config)):
+        numbers = config.layers_to_transform
+        where = "" if numbers is None else f". layers_to_transform is {numbers}, but no layer of that number has one"
+        raise UserError(f"Target modules {wanted!r} not found in the base model{where}. Choose from: {_last_parts(linear)}")
+    known = {end for name in modules for end in _ends(name)}
+    for end in wanted if strict and isinstance(wanted, list) else []:
+        if end not in known:
+            raise UserError(f"target_modules: no layer is named {end!r}. Choose from: {_last_parts(linear)}")
+    excluded = _named(names, config.exclude_modules or [], "exclude_modules")
+    if strict and config.exclude_modules and not excluded:
+        warnings.warn(f"You have passed exclude_modules={config.exclude_modules!r}, but no modules were excluded", stacklevel=2)
     names = [name for name in names if name not in excluded and not is_within(name, head)]
     if not names:
-        raise UserError("every target module is excluded, or part of modules_to_save (the trained head). Choose others")
+        raise UserError("All modules were excluded, or are part of modules_to_save (the trained head). Choose others")
     for name in names:
         module, parent = modules[name], modules.get(name.rpartition(".")[0], model)
         if type(module) is not nn.Linear:
@@ -61,6 +60,13 @@ def find_targets(model: nn.Module, config: LoraConfig, head: list[str], strict: 
             reason = "in evaluation nn.TransformerEncoderLayer takes the weight and not the layer, and would ignore LoRA"
             raise UserError(f"target_modules: {name} cannot be adapted: {reason}. Name it in exclude_modules")
     return names
+
+
+def check_target_module_exists(config: LoraConfig, key: str) -> bool:
+    """Whether `config` names the module `key` as a target, in a layer to transform, and does not exclude it."""
+    wanted = config.target_modules or []
+    names = _in_layers(_named([key], wanted, "target_modules"), wanted, config)
+    return bool(names) and not _named(names, config.exclude_modules or [], "exclude_modules")
 
 
 def find_head(model: nn.Module, config: LoraConfig, strict: bool = True) -> list[str]:
@@ -84,11 +90,14 @@ def find_head(model: nn.Module, config: LoraConfig, strict: bool = True) -> list
     return full_names
 
 
-def short_names(model: nn.Module, kind: type[nn.Module]) -> list[str]:
-    """The last parts of the names of modules of this kind if those match no others, or else the full names."""
-    names = sorted(name for name, module in model.named_modules() if isinstance(module, kind))
-    ends = sorted({name.rpartition(".")[2] for name in names})
-    return ends if sorted(_named(dict(model.named_modules()), ends, "")) == names else names
+def find_minimal_target_modules(target_modules: Collection[str], other_module_names: Collection[str]) -> set[str]:
+    """The shortest ends of names that match each of the first names and none of the others."""
+    if isinstance(target_modules, str) or not target_modules:
+        raise UserError(f"target_modules should be a list or set of strings. It is {target_modules!r}")
+    if "" in target_modules:
+        raise UserError("target_modules should not contain an empty string")
+    others = {end for name in other_module_names for end in _ends(name)}
+    return {next((end for end in reversed(_ends(name)) if end not in others), name) for name in target_modules}
 
 
 def pattern_values(option: str, patterns: dict, names: list[str], default: Any, strict: bool = True) -> dict[str, Any]:
@@ -110,15 +119,23 @@ def is_within(name: str, modules: list[str]) -> bool:
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
-def _in_layers(names: list[str], numbers: list[int], patterns: list[str] | str | None) -> list[str]:
-    """The names whose layer, the first number after a match of `patterns`, is one of these. By default that is a name's
-    first two parts, as in peft, which never takes the last part for a layer."""
+def _in_layers(names: list[str], wanted: list[str] | str, config: LoraConfig) -> list[str]:
+    """The names in `layers_to_transform`, and those that are entries of `wanted` in full, which always count.
+
+    A name's layer is the first number after a match of the first of `layers_pattern` that is there. By default that is any
+    two parts, as in peft, which never takes the last part for a layer.
+    """
+    chosen, patterns = config.layers_to_transform, config.layers_pattern or [r"[^.]*\.[^.]*"]
+    if chosen is None or chosen == []:
+        return names
     places = [(name, name[: match.start()], int(match[1])) for name in names for match in re.finditer(r"\.(\d+)(?=\.)", name)]
-    patterns = [patterns] if isinstance(patterns, str) else patterns or [r"[^.]*\.[^.]*"]
-    found = _match("layers_pattern", patterns, [before for _, before, _ in places], END)
-    known = set().union(*found)
-    first = {name: number for name, before, number in reversed(places) if before in known}
-    return [name for name in names if first.get(name) in numbers]
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    layers: dict[str, int] = {}
+    for found in _match("layers_pattern", patterns, [before for _, before, _ in places], END):
+        known = set(found)
+        layers = {name: number for name, before, number in reversed(places) if before in known} | layers
+    numbers = [chosen] if isinstance(chosen, int) else chosen
+    return [name for name in names if layers.get(name) in numbers or (name in wanted and isinstance(wanted, list))]
 
 
 def _named(names: Iterable[str], wanted: list[str] | str, option: str) -> list[str]:

@@ -33,7 +33,7 @@ class DoRALinear(LoRALinear):
     def forward(self, x: Tensor) -> Tensor:
         """y + (g - 1) W0 x + g dW x, where y = W0 x + b and g = m / ||W0 + dW||. As in peft, dropout spares only y."""
         y = F.linear(x, self.weight, self.bias)
-        if self.merged or not self.enabled:
+        if self.merged or self.disable_adapters:
             return y
         g = self.lora_magnitude_vector / self.row_norms()  # in float32: near 1, 16 bits would lose what m learns
         if self.training and self.lora_dropout.p > 0:

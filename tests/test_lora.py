@@ -212,16 +212,16 @@ def test_adding_lora_twice_is_refused():
     ("options", "message"),
     [
         ({"target_modules": ["q_lin", "query"]}, "named 'query'. Choose from: q_lin, k_lin, v_lin, out_lin, lin1, lin2"),
-        ({"target_modules": "q_lin"}, "'q_lin' matches no layer"),  # a string is a regular expression for full names
+        ({"target_modules": "q_lin"}, "Target modules 'q_lin' not found"),  # a string is a regular expression for full names
         ({"target_modules": "(q_lin"}, "'(q_lin' is not a valid regular expression"),
         ({"target_modules": "a{99999999999}"}, "not a valid regular expression"),
-        ({"target_modules": []}, "target_modules is empty. Choose from: q_lin"),
+        ({"target_modules": []}, "Please specify `target_modules`, which is empty. Choose from: q_lin"),
         ({"target_modules": ["word_embeddings"]}, "is of type Embedding"),
         (
             {"target_modules": ["pre_classifier"]},
-            "every target module is excluded, or part of modules_to_save (the trained head)",
+            "All modules were excluded, or are part of modules_to_save (the trained head)",
         ),
-        ({"target_modules": ["q_lin"], "exclude_modules": ".*"}, "every target module is excluded"),
+        ({"target_modules": ["q_lin"], "exclude_modules": ".*"}, "All modules were excluded"),
         (
             {"rank_pattern": {"q_lin": 2, "query": 2}},
             "rank_pattern: no target module is named 'query'. Choose from: q_lin, v_lin",
@@ -257,7 +257,7 @@ def test_a_bad_target_is_refused_and_the_model_unchanged(options, message):
         ({"bias": "some"}, "bias is 'some'. Supported: none, all, lora_only"),
         ({"task_type": "TRANSLATION"}, "task_type is 'TRANSLATION'. Supported: SEQ_CLS, "),
         ({"peft_type": "IA3"}, "peft_type is 'IA3'. Supported: LORA"),
-        ({"layers_pattern": "layer"}, "layers_pattern needs layers_to_transform"),
+        ({"layers_pattern": "layer"}, "`layers_to_transform` must also be specified"),
         ({"use_dora": "no"}, "use_dora is 'no'. Its type must be bool"),
         ({"target_modules": 5}, "target_modules is 5"),
         ({"layers_to_transform": "1"}, "layers_to_transform is '1'. Its type must be list[int] | int | None"),

@@ -20,7 +20,7 @@ import lora
 from lora import LoraConfig, PeftModel, TaskType, get_peft_model
 from lora.adapter import adapter_tensors
 from lora.errors import UserError
-from lora.targets import find_targets
+from lora.targets import check_target_module_exists, find_minimal_target_modules, find_targets
 
 LIBRARIES = pytest.mark.parametrize("library", [peft, lora], ids=["peft", "lora"])
 
@@ -42,6 +42,11 @@ def targets(model: nn.Module) -> list[str]:
     """The names of the adapted layers."""
     return [name.removesuffix(".lora_A").removeprefix("base_model.model.") for name, _ in model.named_modules()
             if name.endswith(".lora_A")]  # fmt: skip
+
+
+def targets_in(model: nn.Module) -> list[str]:
+    """The same, with the prefix that the library gives its model."""
+    return [name.removesuffix(".lora_A") for name, _ in model.named_modules() if name.endswith(".lora_A")]
 
 
 # ---- what would surprise
@@ -329,6 +334,87 @@ def test_lora_is_put_into_a_model_without_a_wrapper():
     ours, theirs = (library.inject_adapter_in_model(library.LoraConfig(**options), base_model()) for library in (lora, peft))
     assert type(ours) is type(theirs)
     assert lora.get_peft_model_state_dict(ours).keys() == peft.get_peft_model_state_dict(theirs).keys()
+
+
+@pytest.mark.parametrize("patterns", [None, "layers", ["h", "layers"], ["spam", "bar"], ["bar", "spam"]])
+@pytest.mark.parametrize(
+    "key", ["a.layers.1.experts.0.up", "bar.2.spam.1.up", "x.bar.001.spam.2.up", "up", "h.1.other", "1.up"]
+)
+def test_one_name_is_a_target_as_in_peft(key, patterns):
+    from peft.tuners.tuners_utils import check_target_module_exists as theirs
+
+    for options in ({}, {"exclude_modules": ["1.up"]}, {"exclude_modules": r".*spam.*"}):
+        options |= {"target_modules": ["up", "h.1.other"], "layers_to_transform": [1, 7], "layers_pattern": patterns}
+        assert check_target_module_exists(LoraConfig(**options), key) == bool(theirs(peft.LoraConfig(**options), key))
+
+
+@pytest.mark.parametrize(
+    ("targets", "others"),
+    [
+        (["1.foo", "2.foo", "bar.baz"], ["3.foo", "bar.bla"]),
+        (["a.proj", "b.time_proj"], ["a", "b", "a.other"]),
+        (["x.0.query", "x.1.query"], ["x", "x.0", "y_x.0.query", "y_x.1.query"]),
+    ],
+)
+def test_the_shortest_ends_of_names_are_peft_s(targets, others):
+    from peft.tuners.tuners_utils import _find_minimal_target_modules as theirs
+
+    assert find_minimal_target_modules(targets, others) == theirs(targets, others)
+    for wrong, why in (("foo", "should be a list"), ([], "should be a list"), (["", "a"], "empty string")):
+        with pytest.raises(UserError, match=why):
+            find_minimal_target_modules(wrong, others)
+
+
+@pytest.mark.parametrize("where", ["a.1.lin", "a.lin"])
+def test_a_module_to_save_is_written_so_that_it_names_no_other(where, tmp_path):
+    """peft looks for the ends of names, and "1.lin" is also an end of "a.11.lin"."""
+    layer = {"a": nn.ModuleDict({"1": nn.ModuleDict({"lin": nn.Linear(3, 3)}), "11": nn.ModuleDict({"lin": nn.Linear(3, 3)}),
+                                 "lin": nn.Linear(3, 3)}), "up": nn.Linear(3, 3)}  # fmt: skip
+    model = get_peft_model(nn.ModuleDict(layer), LoraConfig(target_modules=["up"], modules_to_save=[where], task_type=None))
+    assert model.active_peft_config.modules_to_save == [where]
+
+
+@LIBRARIES
+def test_the_state_of_the_layers_can_be_asked(library):
+    model = library.get_peft_model(base_model(), library.LoraConfig(target_modules=Q_V, task_type="SEQ_CLS"))
+    assert model.targeted_module_names == [name.removeprefix("base_model.") for name in targets(model)]
+    adapted_layers = [model.get_submodule(name) for name in targets_in(model)]
+    for disabled in (True, False):
+        (model.disable_adapter_layers if disabled else model.enable_adapter_layers)()
+        assert {layer.disable_adapters for layer in adapted_layers} == {disabled}
+        with model.disable_adapter():
+            assert {layer.disable_adapters for layer in adapted_layers} == {True}
+            assert not model.has_active_enabled_adapter
+        assert {layer.disable_adapters for layer in adapted_layers} == {disabled}
+
+
+@LIBRARIES
+def test_a_module_to_exclude_that_excludes_nothing_is_told(library):
+    config = library.LoraConfig(target_modules=["q_lin"], exclude_modules=["nothing"], task_type=None)
+    with pytest.warns(UserWarning, match=r"exclude_modules=.*nothing.* no modules were excluded"):
+        library.get_peft_model(base_model(), config)
+
+
+@LIBRARIES
+def test_the_revision_of_the_base_model_is_kept(library):
+    config = library.LoraConfig(target_modules=Q_V, task_type="SEQ_CLS")
+    assert library.get_peft_model(base_model(), config, revision="abc").peft_config["default"].revision == "abc"
+
+
+@pytest.mark.parametrize("option", ["token", "cache_dir", "local_files_only"])
+def test_an_option_of_the_hub_is_refused_where_no_hub_is_asked(option, tmp_path):
+    for call in (lambda: get_peft_model(base_model(), LoraConfig(), **{option: "x"}),
+                 lambda: adapted().save_pretrained(tmp_path, **{option: "x"})):  # fmt: skip
+        with pytest.raises(UserError, match=f"{option}='x' is not supported"):
+            call()
+
+
+@LIBRARIES
+def test_a_configuration_by_itself_is_written_as_it_is(library, tmp_path):
+    config = library.LoraConfig(r=3, target_modules=Q_V)
+    config.save_pretrained(tmp_path)
+    assert library.LoraConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+    assert library.LoraConfig.from_json_file(str(tmp_path / "adapter_config.json"))["r"] == 3
 
 
 def test_inference_mode_freezes_the_adapter():

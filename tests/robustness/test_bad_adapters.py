@@ -109,7 +109,8 @@ def test_another_base_model(folder):
 
 
 def test_another_kind_of_model(folder):
-    assert "['q_lin', 'v_lin'] matches no layer. Choose from: query" in refusal(folder, base_model("bert"))
+    expected = "Target modules ['q_lin', 'v_lin'] not found in the base model. Choose from: query"
+    assert expected in refusal(folder, base_model("bert"))
 
 
 def test_a_target_without_tensors(folder):
@@ -137,7 +138,7 @@ def test_a_target_without_tensors(folder):
         ({"r": "two"}, "r is 'two'"),
         ({"r": 1 << 60}, "r is 1152921504606846976"),
         ({"lora_alpha": None}, "lora_alpha is None"),
-        ({"target_modules": []}, "target_modules is empty"),
+        ({"target_modules": []}, "Please specify `target_modules`, which is empty"),
         ({"rank_pattern": {r"([a-z_]+)+!": 2, "q_lin": 1 << 30}}, "rank_pattern['q_lin'] is 1073741824"),
         ({"target_modules": 7}, "target_modules is 7"),
         ({"target_modules": [7]}, "target_modules is [7]"),

@@ -554,10 +554,10 @@ def test_a_missing_gpu_is_refused_with_the_remedy(capsys, tmp_path):
     ("targets", "says"),
     [
         (["q_lin", "query"], ["no layer is named 'query'", "q_lin, k_lin, v_lin, out_lin, lin1, lin2"]),
-        ([".*query"], ["'.*query' matches no layer", "q_lin, k_lin, v_lin, out_lin, lin1, lin2"]),
-        ([""], ["target_modules is empty", "q_lin, k_lin, v_lin, out_lin, lin1, lin2"]),
+        ([".*query"], ["Target modules '.*query' not found in the base model", "q_lin, k_lin, v_lin, out_lin, lin1, lin2"]),
+        ([""], ["Please specify `target_modules`, which is empty", "q_lin, k_lin, v_lin, out_lin, lin1, lin2"]),
         (["*q_lin"], ["'*q_lin' is not a valid regular expression", "position 0"]),
-        (["classifier"], ["every target module is excluded, or part of modules_to_save (the trained head)"]),
+        (["classifier"], ["All modules were excluded, or are part of modules_to_save (the trained head)"]),
         (["word_embeddings"], ["word_embeddings is of type Embedding", "Only plain linear layers"]),
         (["attention"], ["attention is of type MultiHeadSelfAttention", "Only plain linear layers"]),
     ],

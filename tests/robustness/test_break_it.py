@@ -32,8 +32,8 @@ def test_its_breaks_are_numbered_and_each_is_one_of_its_own():
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="git lists what is to be copied")
 def test_a_break_that_breaks_nothing_is_reported_and_so_is_one_that_only_raises():
     test = "tests/test_the_paper.py::test_the_output_is_W0_x_plus_BA_x"
-    line = "\n        self.enabled = True\n"
-    harmless, raising = (line.replace("True", value) for value in ("not False", "nothing"))
+    line = "\n        self.disable_adapters = False\n"
+    harmless, raising = (line.replace("False", value) for value in ("not True", "nothing"))
     assert why_not_caught(Break("harmless", "lora/layer.py", line, harmless, test)) == "passes all the same"
     assert "NameError" in why_not_caught(Break("raising", "lora/layer.py", line, raising, test))
     with pytest.raises(ValueError, match=r"occurs 0 times in lora/layer\.py"):

@@ -161,7 +161,6 @@ def test_a_configuration_is_read_as_it_was_written(options):
     layers = config.layers_to_transform
     expected = dataclasses.replace(
         config,
-        inference_mode=True,  # as peft writes it
         target_modules=targets,
         modules_to_save=sorted(saved) if config.modules_to_save is not None else None,
         layers_to_transform=sorted(layers) if isinstance(layers, list) else layers,
