@@ -33,7 +33,7 @@ from lora import get_peft_model, print_trainable_parameters
 from lora.files import make_folder
 from training.artifacts import Metrics, check_outputs, save_run, summary
 from training.checkpoint import Checkpoint, Checkpoints, fingerprint, read_newest, trained_parameters
-from training.device import DTYPES, cast_frozen_matrices, choose_device, choose_dtype, peak_memory_mb
+from training.device import DTYPES, cast_frozen_matrices, choose_device, choose_dtype, dtype_name, peak_memory_mb
 from training.distributed import Distributed
 from training.evaluation import Examples, ModelRunner, evaluate, f1_per_class, macro_f1, progress_bar, scores
 from training.fast_cpu import limit_caches
@@ -74,7 +74,7 @@ def run(options: Options, checkpoint: Checkpoint | None = None) -> dict[str, Any
     # (--method head trains only the head; --method full leaves the model as it is and trains all of it.)
     if inputs.lora_config is not None:
         model = get_peft_model(model, inputs.lora_config)
-    print(f"arithmetic in {str(dtype).removeprefix('torch.')} ({reason})")
+    print(f"arithmetic in {dtype_name(dtype)} ({reason})")
     print_trainable_parameters(model)
     cast_frozen_matrices(model.to(device), dtype)
     runner = ModelRunner(model, device, dtype)
@@ -98,6 +98,8 @@ def run(options: Options, checkpoint: Checkpoint | None = None) -> dict[str, Any
         checkpoints = Checkpoints(folder, options.checkpoint_every, provenance, processes.is_main, checkpoint)
         validation = Validation(runner, inputs.validation, num_labels, processes, options.patience)
         measured = train(runner, inputs.train, validation, options, processes, checkpoints, signals)
+        if dtype == torch.int8:  # trained over rounded weights, used over the real ones
+            runner = ModelRunner(model, device, torch.float32)
         after = evaluate(runner, inputs.test, num_labels, processes, "after")
         print(f"macro-F1 after training:  {macro_f1(after):.4f}")
         for name, f1 in zip(inputs.label_names, f1_per_class(after), strict=True):
@@ -106,6 +108,7 @@ def run(options: Options, checkpoint: Checkpoint | None = None) -> dict[str, Any
             print(f"  frozen weights after training:  {'unchanged' if frozen_sha256(model) == frozen_hash else 'CHANGED'}")
         processes.leave()
         results = summary(options, inputs, runner) | {
+            "dtype": dtype_name(dtype),
             "processes": processes.world_size,
             "before": scores(before, inputs.label_names),
             "after": scores(after, inputs.label_names),

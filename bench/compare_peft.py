@@ -233,8 +233,10 @@ def measure_latency(sides: Sides, texts: list[str], options: argparse.Namespace)
         seconds: list[list[float]] = [[] for _ in rows]
         for process in sides.processes.values():
             process.ask("set_threads", threads)
-        for text in texts[: options.texts // 8] * 2:
-            for taken, process in zip(seconds, sides.processes.values(), strict=True):
+        turns = list(zip(seconds, sides.processes.values(), strict=True))
+        for number, text in enumerate(texts[: options.texts // 8] * 2):
+            first = number % len(turns)  # each side goes first in its turn: ONNX Runtime's threads stay awake for a while
+            for taken, process in turns[first:] + turns[:first]:
                 taken.append(process.take_turn("label", [text])[1])
         for row, taken in zip(rows, seconds, strict=True):
             warm = sorted(taken[len(taken) // 2 :])

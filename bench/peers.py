@@ -89,7 +89,7 @@ class PlainLora(Training):
     """Like train.py: batches of similar length, at most 1,024 tokens at a time."""
 
     name = OURS
-    arithmetics: tuple[str, ...] = ("float32", "bfloat16")
+    arithmetics: tuple[str, ...] = ("float32", "bfloat16", "int8")
     shows_fastest = False
     micro_batching = True
 

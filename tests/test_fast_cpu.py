@@ -14,7 +14,7 @@ from lora.variants import DoRALinear
 from model import DistilBertConfig, DistilBertForSequenceClassification
 from training import fast_cpu
 from training.device import cast_frozen_matrices
-from training.fast_cpu import BFloat16Weight, Fast, Int8Weight, attention, can_pack, dropout
+from training.fast_cpu import FEW_ROWS, BFloat16Weight, Fast, Float32Weight, Int8Weight, attention, can_pack, dropout
 
 bfloat16 = pytest.param(torch.bfloat16, marks=pytest.mark.skipif(not can_pack(), reason="no bfloat16 products here"))
 
@@ -218,3 +218,22 @@ def test_the_model_drops_out_as_torch_does(dtype, monkeypatch):
     error = ((quick.var(dim=0) + plain.var(dim=0)) / count).sqrt()
     assert ((quick.mean(dim=0) - plain.mean(dim=0)).abs() < 5 * error).all()
     assert ((quick.std(dim=0) / plain.std(dim=0)).log().abs() < 5 / count**0.5).all()
+
+
+def test_a_short_text_is_labelled_with_packed_float32_weights(monkeypatch):
+    model, products = small_model(0.0, torch.float32).eval(), []
+    mode = Fast(model, torch.float32)
+    product = Float32Weight.product
+    monkeypatch.setattr(Float32Weight, "product", lambda self, *rest: products.append(1) or product(self, *rest))
+    ids = torch.randint(5, 90, (1, 9))
+    with torch.inference_mode():
+        plain = model(ids)
+        with mode:
+            torch.testing.assert_close(model(ids), plain, rtol=1e-5, atol=1e-6)
+            assert len(products) == 3 * 6
+            model(ids.expand(FEW_ROWS, 9))  # the last layer computes one position of each text
+            few = len(products) - (3 * 6)
+    with mode:
+        model(ids).sum().backward()
+    assert len(products) == 3 * 6 + few
+    assert 0 < few < 3 * 6

@@ -1,8 +1,10 @@
 """The experiment as a user runs it, on the embedded encoder and corpus; and its metric, schedule and options."""
 
 import json
+import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,16 +15,20 @@ import pytest
 import sklearn.metrics
 import torch
 import transformers
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from common.errors import UserError
+from data import load_dataset
 from lora import PeftModel
 from model import DistilBertConfig, DistilBertForSequenceClassification, load_pretrained, save_pretrained
 from model.pretrained import EMBEDDED_SHA256
 from reporting.results import find_mistakes
 from train import main
+from training.checkpoint import Checkpoints
 from training.device import DTYPES, cast_frozen_matrices, choose_device, choose_dtype, peak_memory_mb, time_products
 from training.evaluation import confusion_matrix, macro_f1
+from training.inference import load_classifier
 from training.optimizer import lr_multiplier
 from training.options import Options, parse
 
@@ -307,3 +313,39 @@ def test_gradients_reach_exactly_what_is_trained(tmp_path, capsys, options, dtyp
     few = ["--train-limit", "16", "--test-limit", "8", "--max-length", "16"]
     assert main([*SHORT, *few, *options, "--dtype", dtype, "--output-dir", str(tmp_path / "run")]) == 0
     assert "gradients reach exactly the " in capsys.readouterr().out
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="not an x86")
+def test_training_in_int8_is_close_to_float32_resumes_and_is_used_over_the_real_weights(tmp_path, small_model, monkeypatch):
+    torch.manual_seed(0)
+    model = DistilBertForSequenceClassification(DistilBertConfig(dim=64, n_layers=2, n_heads=2, hidden_dim=128, num_labels=4))
+    save_pretrained(model, Tokenizer.from_file(str(small_model / "tokenizer.json")), tmp_path / "base")
+    few = ["--train-limit", "48", "--test-limit", "40", "--epochs", "2", "--max-length", "24", "--learning-rate", "0.003"]
+    words = ["--model", str(tmp_path / "base"), "--dataset", "sample", *few, "--quiet"]
+    for dtype in ("float32", "int8"):
+        assert main([*words, "--dtype", dtype, "--output-dir", str(tmp_path / dtype)]) == 0
+    real, rounded = (load_file(tmp_path / dtype / "adapter" / "adapter_model.safetensors") for dtype in ("float32", "int8"))
+    for name, tensor in real.items():
+        if "lora_B" in name:
+            assert 0 < (rounded[name] - tensor).norm() < 0.3 * tensor.norm(), name
+    results = json.loads((tmp_path / "int8" / "results.json").read_text())
+    assert results["dtype"] == "int8"
+    test = load_dataset("sample").limited(None, 40, seed=0).test
+    classifier = load_classifier(tmp_path / "int8", dtype="float32")
+    predicted = np.array([classifier.label_names.index(answer["label"]) for answer in classifier.label(test.texts)])
+    assert confusion_matrix(test.labels, predicted, 4).tolist() == results["after"]["confusion_matrix"]
+
+    save = Checkpoints.save
+
+    def save_and_stop(self, step, *rest):
+        save(self, step, *rest)
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Checkpoints, "save", save_and_stop)
+    run = tmp_path / "stopped"
+    assert main([*words, "--dtype", "int8", "--checkpoint-every", "1", "--output-dir", str(run)]) == 143
+    monkeypatch.undo()
+    assert main(["--resume", str(run)]) == 0
+    again = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(again[name], tensor) for name, tensor in rounded.items())

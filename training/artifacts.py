@@ -20,7 +20,7 @@ from lora import PeftModel, count_parameters
 from model import DistilBertForSequenceClassification, load_pretrained, save_pretrained, write_model, write_tokenizer
 from training.checkpoint import FOLDER as CHECKPOINTS
 from training.checkpoint import Checkpoints, own_files
-from training.device import cast_frozen_matrices, dtype_name
+from training.device import cast_frozen_matrices
 from training.evaluation import ModelRunner
 from training.loading import Inputs
 from training.model_card import model_card
@@ -111,7 +111,6 @@ def summary(options: Options, inputs: Inputs, runner: ModelRunner) -> dict[str, 
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         "seed": options.seed,
         "device": runner.device.type,
-        "dtype": dtype_name(runner.dtype),
         "options": dataclasses.asdict(options),
         "parameters": {"trainable": trainable, "all": total, "percent": round(100 * trainable / total, 4)},
     }

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 WORD = 1 << 16  # dropout draws 16 random bits per element
 SMALLEST = 64  # rows and columns of a weight that int8 rounds: the small last layer of a head is not worth its rounding error
+FEW_ROWS = 128  # up to which a packed float32 weight is faster
 TINY = 1e-30  # instead of zero, in a divisor
 HALF = torch.tensor(128.5)  # 128, the zero of an unsigned byte, and 0.5, so that cutting the fraction off rounds
 
@@ -25,19 +26,20 @@ HALF = torch.tensor(128.5)  # 128, the zero of an unsigned byte, and 0.5, so tha
 class Fast(TorchFunctionMode):
     """Sends linear layers with a frozen weight, dropout and attention to the functions below.
 
-    Weights are packed here, once. So freeze, cast and merge first: a weight replaced later is computed by torch itself.
-    In float32 nothing is packed: torch's own product is as fast.
+    Weights are packed once. So freeze, cast and merge first: a weight replaced later is computed by torch itself.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype):
         super().__init__()
         linear = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
-        self.packed: dict[int, BFloat16Weight | Int8Weight] = {}
+        self.packed: dict[int, Float32Weight | BFloat16Weight | Int8Weight] = {}
         for weight in [weight.detach() for weight in linear if not weight.requires_grad]:
             if dtype == torch.bfloat16 and can_pack():
                 self.packed[weight.data_ptr()] = BFloat16Weight(weight)
             elif dtype == torch.int8 and min(weight.shape) >= SMALLEST:
                 self.packed[weight.data_ptr()] = Int8Weight(weight)
+            elif dtype == torch.float32 and torch.backends.mkldnn.is_available():
+                self.packed[weight.data_ptr()] = Float32Weight(weight)
         self.functions: dict[Callable, Callable] = {F.linear: self.linear, F.dropout: dropout}
         self.functions[F.scaled_dot_product_attention] = attention
 
@@ -46,7 +48,11 @@ class Fast(TorchFunctionMode):
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         packed = self.packed.get(weight.data_ptr())
-        return F.linear(x, weight, bias) if packed is None else PackedLinear.apply(x, packed, bias)
+        if isinstance(packed, Float32Weight) and packed.is_faster(x):
+            return packed.product(x, bias)
+        if packed is None or isinstance(packed, Float32Weight):
+            return F.linear(x, weight, bias)
+        return PackedLinear.apply(x, packed, bias)
 
 
 def limit_caches() -> None:
@@ -110,6 +116,26 @@ class PackedLinear(torch.autograd.Function):
 
 def can_pack() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+class Float32Weight:
+    """A frozen weight in oneDNN's memory layout, for labelling one short text: there it is faster, for more rows slower.
+
+    It is packed at the first such text.
+    """
+
+    def __init__(self, weight: Tensor):
+        self.weight = weight
+
+    @functools.cached_property
+    def packed(self) -> Tensor:
+        return torch.ops.mkldnn._reorder_linear_weight(self.weight)
+
+    def is_faster(self, x: Tensor) -> bool:
+        return torch.is_inference_mode_enabled() and x.numel() <= FEW_ROWS * x.shape[-1]
+
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
 
 
 class BFloat16Weight:

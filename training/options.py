@@ -97,8 +97,8 @@ class Options:
     quiet: bool = option(False, "skip the LoRA sanity checks")
     dtype: str = option(
         "auto",
-        "type of the frozen weights and of the arithmetic: auto (the faster one on this machine), float32, bfloat16",
-        choices=("auto", "float32", "bfloat16"),
+        "arithmetic of the frozen weights: float32, bfloat16, auto (the faster of these two on this machine), or int8",
+        choices=("auto", "float32", "bfloat16", "int8"),
     )
     device: str = option("auto", "auto (the best available), cpu, cuda, mps", choices=("auto", "cpu", "cuda", "mps"))
 
