@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import os
 import platform
+import random
 import shlex
 import statistics
 import subprocess
@@ -64,9 +65,9 @@ class Process:
     def ask(self, method: str, *args: Any) -> Any:
         return self.run(self.answer, method, *args)
 
-    def take_turn(self, method: str, *args: Any) -> tuple[Any, float]:
+    def take_turn(self, method: str, *args: Any, pause: float = 0.02) -> tuple[Any, float]:
         """The answer, and the seconds it took. Before, the threads of the last side get time to fall asleep."""
-        time.sleep(0.02)
+        time.sleep(pause)
         start = time.perf_counter()
         return self.ask(method, *args), time.perf_counter() - start
 
@@ -233,11 +234,11 @@ def measure_latency(sides: Sides, texts: list[str], options: argparse.Namespace)
         seconds: list[list[float]] = [[] for _ in rows]
         for process in sides.processes.values():
             process.ask("set_threads", threads)
-        turns = list(zip(seconds, sides.processes.values(), strict=True))
-        for number, text in enumerate(texts[: options.texts // 8] * 2):
-            first = number % len(turns)  # each side goes first in its turn: ONNX Runtime's threads stay awake for a while
-            for taken, process in turns[first:] + turns[:first]:
-                taken.append(process.take_turn("label", [text])[1])
+        turns, shuffle = list(zip(seconds, sides.processes.values(), strict=True)), random.Random(0).shuffle
+        for text in texts[: options.texts // 8] * 2:
+            shuffle(turns)  # ONNX Runtime's threads stay awake for a while, at the cost of whoever is next
+            for taken, process in turns:
+                taken.append(process.take_turn("label", [text], pause=0.1)[1])
         for row, taken in zip(rows, seconds, strict=True):
             warm = sorted(taken[len(taken) // 2 :])
             name = f"{threads} thread{'s' * (threads > 1)}"

@@ -16,6 +16,7 @@ from training.evaluation import Examples, ModelRunner
 from training.optimizer import lr_multiplier, parameter_groups
 from training.options import Options
 from training.signals import Signals
+from training.validation import Validation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIONS = Options(batch_size=8, epochs=2, learning_rate=3e-3, weight_decay=0.1, loraplus_lr_ratio=2.0)
@@ -56,7 +57,9 @@ def test_micro_batches_train_as_a_plain_loop_does(tokens, tmp_path):
     runner = ModelRunner(model, torch.device("cpu"), torch.float32)
     runner.tokens = tokens
     checkpoints = Checkpoints(tmp_path, None, {}, write=False)
-    measured = train(runner, Examples(TEXTS, LABELS), OPTIONS, Distributed(), checkpoints, Signals(tmp_path))
+    processes = Distributed()
+    without = Validation(runner, None, 3, processes, None)
+    measured = train(runner, Examples(TEXTS, LABELS), without, OPTIONS, processes, checkpoints, Signals(tmp_path))
     assert measured["steps"] == STEPS
     fresh = adapter_tensors(new_model().base_model)
     expected = adapter_tensors(plain.base_model)

@@ -20,8 +20,9 @@ def parameter_groups(
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            ratio = loraplus_lr_ratio if name.endswith(".lora_B.weight") else 1.0
-            ratio = head_lr_ratio if HEAD & set(name.split(".")) else ratio
+            is_B = name.endswith(".lora_B.weight")
+            is_head = bool(HEAD & set(name.split(".")))
+            ratio = loraplus_lr_ratio if is_B else head_lr_ratio if is_head else 1.0
             groups.setdefault(learning_rate * ratio, []).append(parameter)
     if not groups:
         raise UserError("this model has no trainable parameters. Load the adapter with is_trainable=True")

@@ -105,7 +105,7 @@ def train(broken: Break | None) -> str:
         root = copy_to(Path(folder))
         if broken:
             broken.apply(root)
-        done = python(root, "train.py", "--model", "minilm", "--dataset", "sample", "--output-dir", "run")
+        done = python(root, "train.py", "--model", "minilm", "--dataset", "sample", "--epochs", "3", "--output-dir", "run")
         metrics = root / "run" / "metrics.jsonl"
         lines = metrics.read_text().splitlines() if metrics.exists() else []
         last = done.stderr.splitlines()[-1:] if done.returncode else []
