@@ -5,13 +5,13 @@ A tensor's key is its name in the model behind peft's prefix:
 """
 
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import safetensors.torch
 from torch import Tensor, nn
 
-from lora.biases import bias_tensors, without_repeated_biases
 from lora.config import CONFIG_FILE, LoraConfig
 from lora.errors import UserError
 from lora.files import make_folder, read_safetensors, write_file
@@ -21,23 +21,26 @@ from lora.modules_to_save import ModulesToSaveWrapper
 WEIGHTS_FILE = "adapter_model.safetensors"
 FILES = (CONFIG_FILE, WEIGHTS_FILE)
 PREFIX = "base_model.model."
+# with bias="all" peft's file holds each bias of the head three times; the one under its own name is read
+REPEATED_BIAS = re.compile(r"\.(modules_to_save(\.default)?|original_module)\.(.*\.)?bias$")
 
 
-def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters of adapters, head and biases, and the head's buffers, by their keys in peft's files."""
-    tensors = bias_tensors(model)
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters of adapters, head and biases, and the head's buffers, by their keys in peft's files.
+
+    They are detached, and share the model's memory.
+    """
+    tensors: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
             tensors |= {f"{name}.{key}": value for key, value in module.named_parameters() if key.startswith("lora_")}
         elif isinstance(module, ModulesToSaveWrapper):
-            tensors |= {f"{name}.{key}": value for key, value in module.trained_module.state_dict(keep_vars=True).items()}
+            tensors |= {f"{name}.{key}": value for key, value in module.trained_module.state_dict().items()}
+        if hasattr(module, "original_bias"):  # peft nests an adapted layer as `base_layer`
+            key = "base_layer.bias" if isinstance(module, LoRALinear) else "bias"
+            tensors[f"{name}.{key}"] = module.bias if module.trained_bias is None else module.trained_bias
     # torch.compile wraps a model and adds "_orig_mod." to its names
-    return {PREFIX + key.replace("_orig_mod.", ""): value for key, value in tensors.items()}
-
-
-def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The same, detached. They share the model's memory."""
-    return {key: tensor.detach() for key, tensor in trained_tensors(model).items()}
+    return {PREFIX + key.replace("_orig_mod.", ""): value.detach() for key, value in tensors.items()}
 
 
 def save_adapter(model: nn.Module, config: LoraConfig, folder: str | Path) -> None:
@@ -76,7 +79,7 @@ def match_tensors(expected: dict[str, Tensor], tensors: dict[str, Tensor], sourc
 
     Raises UserError, by name, if one is missing, is unknown to the model, or has another shape there.
     """
-    tensors = without_repeated_biases(tensors)
+    tensors = {key: tensor for key, tensor in tensors.items() if not REPEATED_BIAS.search(key)}
     for key in sorted(expected.keys() | tensors.keys()):
         if key not in tensors:
             raise UserError(f"{source} lacks {key}. It is damaged, or its {CONFIG_FILE} belongs to another adapter")

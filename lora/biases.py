@@ -4,16 +4,12 @@ A bias is trained in place, under its own name. Its original value is kept in a 
 the adapter is disabled the two change places, and `trained_bias` holds the trained value.
 """
 
-import re
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora.errors import UserError
 from lora.layer import LoRALinear
 from lora.targets import is_within
-
-REPEATED = re.compile(r"\.(modules_to_save(\.default)?|original_module)\.(.*\.)?bias$")
 
 
 def check_biases(model: nn.Module, which: str) -> None:
@@ -50,21 +46,6 @@ def unload_biases(model: nn.Module, trained: bool) -> None:
     for module in _trained(model):
         module.bias.data = module.bias.data.to(module.original_bias.dtype) if trained else module.original_bias
         del module.original_bias, module.trained_bias
-
-
-def bias_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The trained biases by the names that peft's files give them: peft nests an adapted layer as `base_layer`."""
-    tensors: dict[str, Tensor] = {}
-    for name, module in model.named_modules():
-        if hasattr(module, "original_bias"):
-            key = "base_layer.bias" if isinstance(module, LoRALinear) else "bias"
-            tensors[f"{name}.{key}"] = module.bias if module.trained_bias is None else module.trained_bias
-    return tensors
-
-
-def without_repeated_biases(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """With bias="all" peft's file holds each bias of the head three times. Keep the one under its own name."""
-    return {key: tensor for key, tensor in tensors.items() if not REPEATED.search(key)}
 
 
 def _trained(model: nn.Module) -> list:

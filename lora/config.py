@@ -116,24 +116,18 @@ class LoraConfig:
     def from_pretrained(cls, model_id: str | Path, **hub: Any) -> LoraConfig:
         """Read the configuration of an adapter (`files.find_folder`). Raises UserError, by name, for an unsupported option."""
         path = find_folder(model_id, hub, (CONFIG_FILE,)) / CONFIG_FILE
-        values = read_json(path)
-        if values.get("peft_type") != "LORA":
-            raise UserError(f"{path}: peft_type is {values.get('peft_type')!r}. Supported: LORA")
+        values = {"peft_type": None, "task_type": None} | read_json(path)  # peft's defaults
         if values.get("init_lora_weights", True) in HARMLESS_INIT:
             values["init_lora_weights"] = True
         known = {item.name for item in fields(cls)}
+        try:
+            config = cls(**{key: value for key, value in values.items() if key in known})
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
         for key, value in values.items():
             if key not in known and key not in IGNORED and value:  # None, False, {} and [] mean that an option is off
                 raise UserError(f"{path}: {key} is {value!r}, an option that is not supported here. Load the adapter with peft")
-        values.setdefault("task_type", None)  # peft's default
-        targets, in_full = values.get("target_modules"), values.get("modules_to_save")
-        if isinstance(targets, list) and isinstance(in_full, list):
-            # for "all-linear" peft also lists the head as a target, although it does not adapt it
-            values["target_modules"] = [name for name in targets if name not in in_full]
-        try:
-            return cls(**{key: value for key, value in values.items() if key in known})
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
+        return config
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write adapter_config.json, with sorted keys that every version of peft knows. Raises UserError if it cannot."""

@@ -1,7 +1,4 @@
-"""LoRA in a whole model, of any kind: find the target layers, swap them, freeze the rest.
-
-`inject` is the core. The rest of the file counts parameters, disables and merges the adapters, and takes LoRA out again.
-"""
+"""LoRA in a whole model, of any kind: find the target layers, swap them, freeze the rest; and take LoRA out again."""
 
 import contextlib
 import typing
@@ -37,7 +34,7 @@ def inject(model: nn.Module, config: LoraConfig, strict: bool = True) -> None:
     model.requires_grad_(False)
     for name in targets:
         linear = typing.cast(nn.Linear, model.get_submodule(name))
-        layer = layer_class.from_linear(linear, ranks[name], alphas[name], config.lora_dropout, config.use_rslora)
+        layer = layer_class(linear, ranks[name], alphas[name], config.lora_dropout, config.use_rslora)
         initialise(layer, config.init_lora_weights)
         _replace(model, name, layer)
     train_biases(model, config.bias, head)

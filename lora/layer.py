@@ -42,6 +42,7 @@ class LoRALinear(nn.Linear):
     `weight` and `bias` are those of the layer it replaces: the same tensors under the same names, so the keys of a checkpoint
     stay valid. `inject` freezes them. A and B are float32, even beside a 16-bit weight.
 
+    linear: the layer to replace. Its mode, training or evaluation, is kept.
     lora_dropout: probability of dropout on the input of A.
     use_rslora: scale by alpha / sqrt(r) instead (Kalajdzievski 2023, arXiv:2312.03732).
     """
@@ -49,20 +50,12 @@ class LoRALinear(nn.Linear):
     bias: Tensor | None  # type: ignore[assignment]
     W0: Tensor | None  # while merged: the pretrained weight, kept aside because `weight` holds W0 + dW
 
-    def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor | None,
-        r: int,
-        lora_alpha: float,
-        lora_dropout: float = 0.0,
-        use_rslora: bool = False,
-    ):
+    def __init__(self, linear: nn.Linear, r: int, lora_alpha: float, lora_dropout: float = 0.0, use_rslora: bool = False):
         nn.Module.__init__(self)  # not nn.Linear's, which would allocate a second weight
-        self.weight, self.bias = weight, bias
-        self.out_features, self.in_features = weight.shape
-        self.lora_A = nn.Linear(self.in_features, r, bias=False, device=weight.device, dtype=torch.float32)
-        self.lora_B = nn.Linear(r, self.out_features, bias=False, device=weight.device, dtype=torch.float32)
+        self.weight, self.bias = linear.weight, linear.bias
+        self.out_features, self.in_features = linear.weight.shape
+        self.lora_A = nn.Linear(self.in_features, r, bias=False, device=linear.weight.device, dtype=torch.float32)
+        self.lora_B = nn.Linear(r, self.out_features, bias=False, device=linear.weight.device, dtype=torch.float32)
         self.lora_dropout = nn.Dropout(lora_dropout)
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
         self.disable_adapters = False
@@ -70,13 +63,7 @@ class LoRALinear(nn.Linear):
         # a = sqrt(5) gives U(-1 / sqrt(d_in), 1 / sqrt(d_in)), as in nn.Linear, and for A in the authors' code and in peft
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
-
-    @classmethod
-    def from_linear(
-        cls, linear: nn.Linear, r: int, lora_alpha: float, lora_dropout: float = 0.0, use_rslora: bool = False
-    ) -> "LoRALinear":
-        """Put LoRA beside an existing layer. The new layer keeps its mode, training or evaluation."""
-        return cls(linear.weight, linear.bias, r, lora_alpha, lora_dropout, use_rslora).train(linear.training)
+        self.train(linear.training)
 
     def to_linear(self) -> nn.Linear:
         """A plain layer with the present `weight` (W0 + dW while merged) and `bias`: the same tensors, not copies."""

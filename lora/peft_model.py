@@ -151,8 +151,8 @@ class PeftModel(nn.Module):
         """
         config, tensors, _ = _read_for(model, model_id, is_trainable, config, options | {"adapter_name": adapter_name})
         loaded = cls(model, config, strict=False)
-        loaded._fill(tensors, is_trainable)
-        return loaded
+        set_peft_model_state_dict(loaded, tensors)
+        return loaded if is_trainable else loaded.eval()
 
     def load_adapter(self, model_id: str | Path, adapter_name: str = "default", is_trainable: bool = False, **hub: Any) -> None:
         """Replace this adapter with another. (In peft it joins the present one, under a name of its own.)
@@ -162,7 +162,7 @@ class PeftModel(nn.Module):
         """
         config, tensors, skeleton = _read_for(self, model_id, is_trainable, None, hub | {"adapter_name": adapter_name})
         inject.unmerge(self.base_model)
-        present = adapter.trained_tensors(self.base_model)
+        present = adapter.adapter_tensors(self.base_model)
         if {key: tensor.shape for key, tensor in present.items()} != {key: tensor.shape for key, tensor in tensors.items()}:
             if is_trainable:
                 warnings.warn("this adapter has other tensors than the last: make the optimizer anew", stacklevel=2)
@@ -170,14 +170,10 @@ class PeftModel(nn.Module):
         for mine, new in zip(inject.adapted_modules(self.base_model), inject.adapted_modules(skeleton), strict=True):
             if isinstance(mine, LoRALinear) and isinstance(new, LoRALinear):
                 mine.scaling, mine.lora_dropout.p = new.scaling, new.lora_dropout.p
+        for parameter, new_parameter in zip(self.base_model.parameters(), skeleton.parameters(), strict=True):
+            parameter.requires_grad_(new_parameter.requires_grad)
         self._describe(config)
-        self._fill(tensors, is_trainable)
-
-    def _fill(self, tensors: dict[str, Tensor], is_trainable: bool) -> None:
-        for key, tensor in adapter.trained_tensors(self.base_model).items():
-            tensor.data.copy_(tensors[key])
-            if isinstance(tensor, nn.Parameter):
-                tensor.requires_grad_(is_trainable)
+        set_peft_model_state_dict(self, tensors)
         if not is_trainable:
             self.eval()
 

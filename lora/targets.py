@@ -106,11 +106,11 @@ def pattern_values(option: str, patterns: dict, names: list[str], default: Any, 
     Raises UserError if a pattern matches none (if `strict`), is invalid, or takes too long.
     """
     values: dict[str, Any] = {}
-    matched = _match(option, list(patterns), names, END)
-    for pattern, found in zip(patterns, matched, strict=True):
+    for pattern, value in patterns.items():
+        found = _match(option, pattern, names, END)
         if strict and not found:
             raise UserError(f"{option}: no target module is named {pattern!r}. Choose from: {_last_parts(names)}")
-        values = dict.fromkeys(found, patterns[pattern]) | values  # the first match wins
+        values = dict.fromkeys(found, value) | values  # the first match wins
     return dict.fromkeys(names, default) | values
 
 
@@ -131,8 +131,8 @@ def _in_layers(names: list[str], wanted: list[str] | str, config: LoraConfig) ->
     places = [(name, name[: match.start()], int(match[1])) for name in names for match in re.finditer(r"\.(\d+)(?=\.)", name)]
     patterns = [patterns] if isinstance(patterns, str) else patterns
     layers: dict[str, int] = {}
-    for found in _match("layers_pattern", patterns, [before for _, before, _ in places], END):
-        known = set(found)
+    for pattern in patterns:
+        known = set(_match("layers_pattern", pattern, [before for _, before, _ in places], END))
         layers = {name: number for name, before, number in reversed(places) if before in known} | layers
     numbers = [chosen] if isinstance(chosen, int) else chosen
     return [name for name in names if layers.get(name) in numbers or (name in wanted and isinstance(wanted, list))]
@@ -141,7 +141,7 @@ def _in_layers(names: list[str], wanted: list[str] | str, config: LoraConfig) ->
 def _named(names: Iterable[str], wanted: list[str] | str, option: str) -> list[str]:
     """The names that `wanted` matches, a regular expression, or that end in an entry of it, a list."""
     if isinstance(wanted, str):
-        return _match(option, [wanted], list(names))[0]
+        return _match(option, wanted, names)
     ends = set(wanted)
     return [name for name in names if not ends.isdisjoint(_ends(name))]
 
@@ -151,22 +151,19 @@ def _ends(name: str) -> list[str]:
     return [name, *(name[dot.end() :] for dot in re.finditer(r"\.", name))]
 
 
-def _match(option: str, patterns: list[str], names: list[str], within: str = "{}") -> list[list[str]]:
-    """The names that each pattern, put into `within`, matches as a whole. Raises UserError if it is invalid or could take long.
+def _match(option: str, pattern: str, names: Iterable[str], within: str = "{}") -> list[str]:
+    """The names that `pattern`, put into `within`, matches as a whole. Raises UserError if it is invalid or could take long.
 
     `re` may never end over a pattern such as `([a-z]+)+!`, and files come from strangers.
     """
-    found = []
-    for pattern in patterns:
-        if len(re.findall(r"[*+{]", pattern)) > MOST_REPEATS or re.search(r"\)[*+{]", pattern):
-            remedy = f"Write at most {MOST_REPEATS} of * + {{, and none behind a group"
-            raise UserError(f"{option}: {pattern!r:.99} takes too long to match. {remedy}")
-        try:
-            expression = re.compile(within.format(pattern))
-        except (re.error, OverflowError, RecursionError) as error:  # invalid, too long or too deep
-            raise UserError(f"{option}: {pattern!r:.99} is not a valid regular expression: {error}") from error
-        found.append([name for name in names if expression.fullmatch(name)])
-    return found
+    if len(re.findall(r"[*+{]", pattern)) > MOST_REPEATS or re.search(r"\)[*+{]", pattern):
+        remedy = f"Write at most {MOST_REPEATS} of * + {{, and none behind a group"
+        raise UserError(f"{option}: {pattern!r:.99} takes too long to match. {remedy}")
+    try:
+        expression = re.compile(within.format(pattern))
+    except (re.error, OverflowError, RecursionError) as error:  # invalid, too long or too deep
+        raise UserError(f"{option}: {pattern!r:.99} is not a valid regular expression: {error}") from error
+    return [name for name in names if expression.fullmatch(name)]
 
 
 def _last_parts(names: list[str]) -> str:

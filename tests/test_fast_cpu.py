@@ -82,7 +82,7 @@ def test_without_dropout_logits_and_gradients_are_equal(dtype, variant):
 
 
 def test_autocast_does_not_round_dW_or_the_magnitude():
-    layer = DoRALinear(torch.randn(8, 16).bfloat16(), None, r=2, lora_alpha=16)
+    layer = DoRALinear(torch.nn.Linear(16, 8, bias=False).bfloat16(), r=2, lora_alpha=16)
     torch.nn.init.normal_(layer.lora_B.weight)
     layer.reset_magnitude()
     dW, x = layer.delta_weight(), torch.randn(5, 16)

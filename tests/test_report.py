@@ -39,7 +39,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", 
 
 def adapted_layer(r: int, kind: type[LoRALinear] = LoRALinear) -> LoRALinear:
     torch.manual_seed(r)
-    layer = kind.from_linear(nn.Linear(24, 40), r, lora_alpha=16)
+    layer = kind(nn.Linear(24, 40), r, lora_alpha=16)
     nn.init.normal_(layer.lora_B.weight)
     if isinstance(layer, DoRALinear):
         with torch.no_grad():
