@@ -1,11 +1,10 @@
 """What each recipe gives, and what it costs: macro-F1 and seconds over learning rate, layers, rank and number of rows.
 
 python bench/sweep.py STAGE --data FOLDER --large FOLDER    add the runs of a stage to bench/sweep.csv, below
-python bench/sweep.py --draw                                draw sweep.svg from it
 
 Each run is `python train.py` on the embedded encoder, and a row of the CSV when it has ended. Stopped, it goes on where it was:
-what has a row is not run again, and a run that was stopped is resumed. The stages up to `final` choose: they train on rows of
-the training part, and score 1,000 other rows of it that are put aside. Only `final` scores the test part.
+what has a row is not run again, and a run that was stopped is resumed. The stages `steps` and `rates` choose: they train
+on rows of the training part, and score 1,000 other rows of it that are put aside. The others score the test part.
 """
 
 import argparse
@@ -92,6 +91,10 @@ def points() -> Iterator[Point]:
             yield Point("small", LINEAR, rows, seed=seed, test=True)
         yield Point("small", "q, v; r = 2", 100, PAPER, seed, test=True)
         yield Point("small", "q, v; r = 2", 100, PAPER | {"learning_rate": 2e-3}, seed, test=True)
+    for dtype in "int8", "float32":  # over rounded weights or over the real ones
+        for seed in 0, 1, 2:
+            yield Point("int8", "q, v; r = 2", 4_000, PAPER | {"dtype": dtype}, seed, test=True)
+        yield Point("int8", "q, v; r = 2", 20_000, PAPER | {"dtype": dtype, "epochs": 1}, test=True)
     for method, rates in RATES.items():
         for rate in rates:
             yield Point("rates", method, 1_000, METHODS[method] | {"epochs": 4, "learning_rate": rate})
