@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.errors import FileNotOnHub, HubUnreachable, UserError
+from common.errors import FileNotOnHub, HubUnreachable, UserError, did_you_mean
 from data.tables import JSON, SUFFIXES, NoColumn, Row, Wanted, choose_columns, folded, is_unicode, read_rows, row_error, shown
 
 AG_NEWS = "SetFit/ag_news"  # the hub's copy of AG News as train.jsonl and test.jsonl
@@ -171,6 +171,7 @@ def _find_parts(name_or_path: str, revision: str | None) -> tuple[dict[str, Path
     else:
         raise UserError(
             f"there is no data set {name_or_path!r}: name a file, a folder, user/name on the hub, or one of ag_news and sample"
+            + did_you_mean(name_or_path, ["ag_news", "sample"])
         )
     if revision is not None:
         raise UserError(f"{name_or_path} is on this machine and has no revisions: leave out --dataset-revision")

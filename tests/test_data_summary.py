@@ -10,6 +10,7 @@ from data import TokenizedTexts, load_dataset
 from data.datasets import Dataset, Split
 from training.data_summary import describe_data, describe_scores
 from training.evaluation import Examples
+from training.options import parse
 
 
 def described(train: list[tuple[str, int]], test: list[tuple[str, int]], names: list[str], cut: int = 0) -> list[str]:
@@ -73,3 +74,22 @@ def test_all_empty_cells_are_counted_at_once(tmp_path):
         (tmp_path / "train" / kind / "1.txt").write_text("")
     with pytest.raises(UserError, match=r"2 texts are empty \(files neg/1.txt, pos/1.txt\)"):
         load_dataset(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["--epoch", "3"], "unrecognized arguments: --epoch 3. Did you mean --epochs? See "),
+        (["--seed", "1", "--learning_rate", "1"], "--learning_rate 1. Did you mean --learning-rate? See "),
+        (["--frobnicate"], "unrecognized arguments: --frobnicate. See "),
+        (["sample"], "unrecognized arguments: sample. See "),
+    ],
+)
+def test_a_mistyped_option_gets_a_hint(words, hint):
+    with pytest.raises(UserError, match=re.escape(hint)):
+        parse(words, None)
+
+
+def test_a_mistyped_data_set_gets_a_hint():
+    with pytest.raises(UserError, match=r"sample\. Did you mean ag_news\?$"):
+        load_dataset("agnews")
