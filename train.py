@@ -33,9 +33,10 @@ from lora import get_peft_model, print_trainable_parameters
 from lora.files import make_folder
 from training.artifacts import Metrics, check_outputs, save_run, summary
 from training.checkpoint import Checkpoint, Checkpoints, fingerprint, read_newest, trained_parameters
+from training.data_summary import describe_scores
 from training.device import DTYPES, cast_frozen_matrices, choose_device, choose_dtype, dtype_name, peak_memory_mb
 from training.distributed import Distributed
-from training.evaluation import Examples, ModelRunner, evaluate, f1_per_class, macro_f1, progress_bar, scores
+from training.evaluation import Examples, ModelRunner, evaluate, macro_f1, progress_bar, scores
 from training.fast_cpu import limit_caches
 from training.loading import load_inputs
 from training.optimizer import lr_multiplier, parameter_groups
@@ -102,8 +103,7 @@ def run(options: Options, checkpoint: Checkpoint | None = None) -> dict[str, Any
             runner = ModelRunner(model, device, torch.float32)
         after = evaluate(runner, inputs.test, num_labels, processes, "after")
         print(f"macro-F1 after training:  {macro_f1(after):.4f}")
-        for name, f1 in zip(inputs.label_names, f1_per_class(after), strict=True):
-            print(f"  F1 of {name:<20} {f1:.4f}")
+        print(*describe_scores(after, inputs.label_names), sep="\n")
         if frozen_hash:
             print(f"  frozen weights after training:  {'unchanged' if frozen_sha256(model) == frozen_hash else 'CHANGED'}")
         processes.leave()

@@ -23,6 +23,7 @@ class TokenizedTexts:
 
     ids: np.ndarray  # (sum of lengths,) int32
     offsets: np.ndarray  # (N + 1,) int64
+    cut: int = 0  # how many texts were longer
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -38,16 +39,18 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> Tok
     Raises UserError if the tokenizer cannot read a text.
     """
     rows: list[np.ndarray] = []
+    cut = 0
     try:
         for part in slices(texts, SLICE, SLICE_CHARACTERS):
             for ids in encode(tokenizer, part, max_length - 2):
+                cut += len(ids) > max_length
                 kept = ids if len(ids) <= max_length else [*ids[: max_length - 1], ids[-1]]  # the last is [SEP]
                 rows.append(np.array(kept, dtype=np.int32))
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # a bug in the tokenizer's Rust code, which is not even an Exception
             raise
         raise UserError(f"the tokenizer fails ({error}). Fetch tokenizer.json again, or report this to tokenizers") from None
-    return TokenizedTexts(np.concatenate(rows), np.cumsum([0, *map(len, rows)], dtype=np.int64))
+    return TokenizedTexts(np.concatenate(rows), np.cumsum([0, *map(len, rows)], dtype=np.int64), cut)
 
 
 def slices(texts: Iterable[str], count: int, characters: int) -> Iterator[list[str]]:

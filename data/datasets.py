@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.errors import FileNotOnHub, HubUnreachable, UserError
+from common.errors import FileNotOnHub, HubUnreachable, UserError, did_you_mean
 from data.tables import JSON, SUFFIXES, NoColumn, Row, Wanted, choose_columns, folded, is_unicode, read_rows, row_error, shown
 
 AG_NEWS = "SetFit/ag_news"  # the hub's copy of AG News as train.jsonl and test.jsonl
@@ -171,6 +171,7 @@ def _find_parts(name_or_path: str, revision: str | None) -> tuple[dict[str, Path
     else:
         raise UserError(
             f"there is no data set {name_or_path!r}: name a file, a folder, user/name on the hub, or one of ag_news and sample"
+            + did_you_mean(name_or_path, ["ag_news", "sample"])
         )
     if revision is not None:
         raise UserError(f"{name_or_path} is on this machine and has no revisions: leave out --dataset-revision")
@@ -224,6 +225,7 @@ PLAIN = "text from text, label from label"
 
 def _read_part(path: Path, wanted: Wanted) -> Part:
     rows: list[LabelledRow] = []
+    empty: list[tuple[Path, int, str]] = []
     columns, name_column = PLAIN, ""
     is_folder = path.is_dir() and not path.suffix
     if not is_folder and not path.is_file():
@@ -243,17 +245,32 @@ def _read_part(path: Path, wanted: Wanted) -> Part:
             label = int(label) if re.fullmatch(r"0|-?[1-9][0-9]{0,17}", label) else label
         if isinstance(label, bool) or not isinstance(label, int | str):
             raise row_error(source, line, f"the label {shown(label)} is neither a whole number nor a name; make it one")
-        for what, value in [("text", text), ("label", str(label))]:
-            if not value.strip():
-                raise row_error(source, line, f"the {what} is empty; fill it in or remove the row")
+        empty += [(source, line, what) for what, value in [("text", text), ("label", str(label))] if not value.strip()]
         name = fields.get(name_column)
         name = unicodedata.normalize("NFC", name.strip()) if isinstance(name, str) else None
         if not is_unicode(f"{label}{name}"):
             raise row_error(source, line, "the label contains half a character (a lone surrogate); remove it")
         rows.append(LabelledRow(source, line, text, label, name))
+    if empty:
+        source, line, what = empty[0]
+        message = f"the {what} is empty; fill it in or remove the row"
+        if len(empty) > 1:
+            counts = Counter(what for *_, what in empty)
+            numbers = " and ".join(f"{count:,} {what}{'s' * (count > 1)}" for what, count in counts.items())
+            message = f"the {what} is empty. In all, {numbers} are empty{_places(path, empty)}; fill them in or remove the rows"
+        raise row_error(source, line, message)
     if not rows:
         raise UserError(f"{path} has no rows" + ", that is no folder for each class with .txt files in it" * is_folder)
     return Part(path, rows, columns)
+
+
+def _places(path: Path, empty: list[tuple[Path, int, str]]) -> str:
+    """Where the first ten are: the lines of a table, or the files of a folder."""
+    places = list(
+        dict.fromkeys(str(line) if source == path else f"{source.parent.name}/{source.name}" for source, line, _ in empty)
+    )
+    kind = "lines" if empty[0][0] == path else "files"
+    return f" ({kind} {', '.join(places[:10] + ['...'] * (len(places) > 10))})"
 
 
 def _class_folders(folder: Path) -> Iterator[tuple[Path, Row]]:

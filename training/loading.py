@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from tokenizers import Tokenizer
 
@@ -14,6 +13,7 @@ from data import Dataset, load_dataset, tokenize
 from lora import LoraConfig
 from model import DistilBertForSequenceClassification, config_sha256, load_pretrained, resolve_revision, weights_sha256
 from training.checkpoint import Checkpoint
+from training.data_summary import describe_data
 from training.evaluation import Examples
 from training.options import DEFAULT_DATASET, DEFAULT_MODEL, EMBEDDED_DATASET, EMBEDDED_MODEL, Options
 
@@ -90,7 +90,8 @@ def load_inputs(options: Options, checkpoint: Checkpoint | None) -> Inputs:
 
     train, test, validation = tokenize_examples(dataset, tokenizer, options.max_length)
     sizes = f"{len(dataset.train):,} training examples, {len(dataset.test):,} test examples"
-    print(f"model {model_name}, data {dataset_name}: {sizes}", *class_counts(dataset), *dataset.notes, sep="\n")
+    about = describe_data(dataset, train, test, options.max_length)
+    print(f"model {model_name}, data {dataset_name}: {sizes}", *about, *dataset.notes, sep="\n")
     revision = commit or options.revision
     return Inputs(
         base=base,
@@ -122,14 +123,6 @@ def tokenize_examples(dataset: Dataset, tokenizer: Tokenizer, max_length: int) -
     parts = (dataset.train, dataset.test, dataset.validation)
     train, test, *validation = (Examples(tokenize(tokenizer, part.texts, max_length), part.labels) for part in parts if part)
     return train, test, validation[0] if validation else None
-
-
-def class_counts(dataset: Dataset) -> list[str]:
-    """A line for each class, so that a wrong one shows before training."""
-    number = len(dataset.label_names)
-    counts = [np.bincount(part.labels, minlength=number).tolist() for part in (dataset.train, dataset.test)]
-    lines = [f"  {name:<20} {train:,} + {test:,}" for name, train, test in zip(dataset.label_names, *counts, strict=True)]
-    return lines if number <= 20 else [*lines[:20], f"  and {number - 20} more classes"]
 
 
 def data_sha256(*parts: Examples | None) -> str:

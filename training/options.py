@@ -9,7 +9,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any
 
-from common.errors import UserError
+from common.errors import UserError, did_you_mean
 from lora import NO_TARGETS, LoraConfig
 
 DEFAULT_MODEL, EMBEDDED_MODEL = "distilbert-base-uncased", "minilm"
@@ -152,7 +152,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
     def error(self, message: str) -> Any:
-        raise UserError(f"{message}. See {self.prog} --help")
+        wrong = re.search(r"unrecognized arguments: .*?(--[\w-]+)", message)
+        hint = did_you_mean(wrong[1], self._option_string_actions) if wrong else ""
+        raise UserError(f"{message}{hint or '.'} See {self.prog} --help")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         for argument in sys.argv[1:] if args is None else args:
