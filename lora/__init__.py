@@ -2,7 +2,6 @@
 
 The package needs torch and safetensors only: install it, or copy this folder.
 """
-# ruff: noqa: F401 - this file only collects the names that users import
 
 from lora.config import NO_TARGETS, LoraConfig, PeftConfig, TaskType
 from lora.inject import count_parameters
@@ -16,3 +15,9 @@ from lora.peft_model import (
     print_trainable_parameters,
     set_peft_model_state_dict,
 )
+
+__all__ = [
+    "NO_TARGETS", "LoRALinear", "LoraConfig", "PeftConfig", "PeftModel", "PeftModelForSequenceClassification", "TaskType",
+    "count_parameters", "get_peft_model", "get_peft_model_state_dict", "inject_adapter_in_model",
+    "print_trainable_parameters", "set_peft_model_state_dict",
+]  # fmt: skip

@@ -68,7 +68,7 @@ def test_a_file_sorted_by_class_trains_and_tests_both_classes(tmp_path, small_mo
     else:
         dataset, counts = (
             tmp_path / "my.csv",
-            "  neg                  48 + 12\n  pos                  48 + 12\nmy.csv: 24 of 120 rows",
+            "  neg                  48 + 12\n  pos                  48 + 12\n  always 'neg': accuracy 0.500\nmy.csv: 24 of 120 rows",
         )
         dataset.write_text("id,said,kind\n" + "".join(f"{i},{row}" for i, row in enumerate(rows)))
     config = DistilBertConfig(dim=32, n_layers=2, n_heads=2, hidden_dim=64, num_labels=2)
