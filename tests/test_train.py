@@ -66,10 +66,8 @@ def test_a_file_sorted_by_class_trains_and_tests_both_classes(tmp_path, small_mo
             (tmp_path / f"{part}.csv").write_text("text,label\n" + "".join(rows))
         dataset, counts = tmp_path, "  neg                  25 + 8\n  pos                  25 + 7\n"
     else:
-        dataset, counts = (
-            tmp_path / "my.csv",
-            "  neg                  48 + 12\n  pos                  48 + 12\n  always 'neg': accuracy 0.500\nmy.csv: 24 of 120 rows",
-        )
+        dataset, counts = tmp_path / "my.csv", "  neg                  48 + 12\n  pos                  48 + 12\n"
+        counts += "  always 'neg': accuracy 0.500\nmy.csv: 24 of 120 rows"
         dataset.write_text("id,said,kind\n" + "".join(f"{i},{row}" for i, row in enumerate(rows)))
     config = DistilBertConfig(dim=32, n_layers=2, n_heads=2, hidden_dim=64, num_labels=2)
     model, tokenizer = DistilBertForSequenceClassification(config), Tokenizer.from_file(str(small_model / "tokenizer.json"))
