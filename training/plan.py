@@ -20,8 +20,8 @@ def plan(rows: int, options: Options) -> tuple[int, int]:
 def describe_plan(inputs: Inputs, options: Options, seconds: float | None) -> str:
     """A line about the training that follows. `seconds`: how long the evaluation of the test part has taken, if it was done.
 
-    A token costs about three times as much in training as in evaluation. So the minutes are right to within a factor of two:
-    a small test part says little, and other programs may run.
+    A token costs about three times as much in training as in evaluation. The minutes are a guess: a small test part says
+    little, and other programs may run.
     """
     rows = len(inputs.train.labels)
     epochs, steps = plan(rows, options)
