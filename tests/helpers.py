@@ -1,11 +1,15 @@
 """Small models, a batch, and adapters with values that matter: what several test files use."""
 
+import os
+import signal
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from lora import LoraConfig, LoRALinear, PeftModel, get_peft_model
+from training.checkpoint import Checkpoints
 
 Q_V = ["q_lin", "v_lin"]
 
@@ -81,3 +85,15 @@ def adamw_after_a_step(model: torch.nn.Module) -> torch.optim.AdamW:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     return optimizer
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """A run in this process gets SIGTERM when the checkpoint of `step` is written."""
+    save = Checkpoints.save
+
+    def save_and_stop(self: Checkpoints, number: int, *state: Any) -> None:
+        save(self, number, *state)
+        if number == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Checkpoints, "save", save_and_stop)

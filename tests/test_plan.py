@@ -1,14 +1,12 @@
 """How long a run trains, at which rates, what each class weighs, and which state of it is kept."""
 
 import json
-import os
-import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import adapted, base_model, trainable
+from helpers import adapted, base_model, stop_after, trainable
 from processes import Python, start_ranks
 from safetensors.torch import load_file
 from sklearn.utils.class_weight import compute_class_weight
@@ -183,14 +181,7 @@ def test_a_stopped_run_keeps_the_same_state(method, stop, words, whole, tmp_path
     if method == "full":
         whole = tmp_path / "whole"
         assert main([*words, "--output-dir", str(whole)]) == 0
-    save = Checkpoints.save
-
-    def save_and_stop(self, step, *rest):
-        save(self, step, *rest)
-        if step == stop:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Checkpoints, "save", save_and_stop)
+    stop_after(monkeypatch, stop)
     run = tmp_path / "run"
     assert main([*words, "--checkpoint-every", "1", "--output-dir", str(run)]) == 143
     monkeypatch.undo()

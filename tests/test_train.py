@@ -1,10 +1,8 @@
 """The experiment as a user runs it, on the embedded encoder and corpus; and its metric, schedule and options."""
 
 import json
-import os
 import platform
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +13,7 @@ import pytest
 import sklearn.metrics
 import torch
 import transformers
+from helpers import stop_after
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
@@ -25,7 +24,6 @@ from model import DistilBertConfig, DistilBertForSequenceClassification, load_pr
 from model.pretrained import EMBEDDED_SHA256
 from reporting.results import find_mistakes
 from train import main
-from training.checkpoint import Checkpoints
 from training.device import DTYPES, cast_frozen_matrices, choose_device, choose_dtype, peak_memory_mb, time_products
 from training.evaluation import confusion_matrix, macro_f1
 from training.inference import load_classifier
@@ -333,14 +331,7 @@ def test_training_in_int8_is_close_to_float32_resumes_and_is_used_over_the_real_
     predicted = np.array([classifier.label_names.index(answer["label"]) for answer in classifier.label(test.texts)])
     assert confusion_matrix(test.labels, predicted, 4).tolist() == results["after"]["confusion_matrix"]
 
-    save = Checkpoints.save
-
-    def save_and_stop(self, step, *rest):
-        save(self, step, *rest)
-        if step == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Checkpoints, "save", save_and_stop)
+    stop_after(monkeypatch, 4)
     run = tmp_path / "stopped"
     assert main([*words, "--dtype", "int8", "--checkpoint-every", "1", "--output-dir", str(run)]) == 143
     monkeypatch.undo()

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from helpers import adamw_after_a_step
+from helpers import adamw_after_a_step, stop_after
 from processes import Python, python, start_ranks
 from safetensors.torch import load_file
 
@@ -256,14 +256,7 @@ def test_other_data_model_or_number_of_processes_is_refused(stopped, tmp_path):
 def test_a_resumed_run_keeps_its_arithmetic(dtype, words, tmp_path, monkeypatch, capsys):
     """Though the measurement would now choose the other one."""
     run = tmp_path / "run"
-    save = Checkpoints.save
-
-    def save_and_stop(self, step, *state):
-        save(self, step, *state)
-        if step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Checkpoints, "save", save_and_stop)
+    stop_after(monkeypatch, 2)
     monkeypatch.setattr(train, "choose_dtype", lambda name, device: (dtype, "chosen by the test"))
     assert main([*words, "--output-dir", str(run)]) == 143
     monkeypatch.undo()
