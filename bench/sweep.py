@@ -1,10 +1,11 @@
 """What each recipe gives, and what it costs: macro-F1 and seconds over learning rate, layers, rank and number of rows.
 
-python bench/sweep.py STAGE --data FOLDER --large FOLDER    add the runs of a stage to bench/sweep.csv, below
+python bench/sweep.py STAGE ... --data FOLDER --large FOLDER    add the runs of these stages to bench/sweep.csv
+python bench/sweep.py --draw                                    draw bench/sweep.svg from it, and print its tables
 
 Each run is `python train.py` on the embedded encoder, and a row of the CSV when it has ended. Stopped, it goes on where it was:
-what has a row is not run again, and a run that was stopped is resumed. The stages `steps` and `rates` choose: they train
-on rows of the training part, and score 1,000 other rows of it that are put aside. The others score the test part.
+what has a row is not run again, and a run that was stopped is resumed. The stages `steps`, `rates` and `recipe` choose: they
+train on rows of the training part, and score 1,000 other rows of it that are put aside. The others score the test part.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from datetime import date
@@ -31,17 +32,22 @@ import numpy as np
 
 from common.errors import UserError, run_cli
 from data import load_dataset
+from data.datasets import Split
 from training.evaluation import confusion_matrix, macro_f1
+from training.linear_model import train_linear_model
 
 ROOT = Path(__file__).parent.parent
 WRITING = Lock()
 ASIDE = 1_000  # rows put aside to choose by
+ALL = 67_594  # rows of the training part of --large
 POINT = ("stage", "method", "rows", "seed", "options")
 RESULT = ("scored_rows", "macro_f1", "classes_predicted", "trained_parameters", "steps", "seconds", "threads", "torch")
 COLUMNS = (*POINT, *RESULT, "processor", "date")
-LINEAR = "TF-IDF"  # no run of train.py: words and bigrams, and a linear SVM
+LINEAR = "TF-IDF"  # no run of train.py, but training/linear_model.py
 
 PAPER: dict[str, Any] = {}  # what train.py does by default: r = 2 on q_lin and v_lin
+BEST: dict[str, Any] = {"target_modules": "all-linear", "r": 8, "learning_rate": 1e-3}
+FULL: dict[str, Any] = {"method": "full", "learning_rate": 1e-4}
 METHODS: dict[str, dict[str, Any]] = {
     "q, v; r = 1": {"r": 1},
     "q, v; r = 2": PAPER,
@@ -52,16 +58,32 @@ METHODS: dict[str, dict[str, Any]] = {
     "full": {"method": "full"},
     "head": {"method": "head"},
 }
-RATES = {
-    "q, v; r = 1": [1e-3, 2e-3, 4e-3],
-    "q, v; r = 2": [5e-4, 1e-3, 2e-3, 4e-3],
-    "q, k, v, out; r = 2": [1e-3, 2e-3, 4e-3],
-    "all linear; r = 2": [5e-4, 1e-3, 2e-3, 4e-3],
-    "all linear; r = 8": [5e-4, 1e-3, 2e-3, 4e-3],
-    "all linear; r = 16": [5e-4, 1e-3, 2e-3],
-    "full": [5e-5, 1e-4, 2e-4, 4e-4],
+RATES = {  # by method, the first ones first
+    "q, v; r = 2": [1e-3, 2e-3, 5e-4, 4e-3],
+    "all linear; r = 8": [1e-3, 2e-3, 5e-4, 4e-3],
+    "full": [1e-4, 2e-4, 5e-5, 4e-4],
     "head": [2e-3, 8e-3, 3.2e-2],
+    "all linear; r = 2": [1e-3, 2e-3, 4e-3, 5e-4],
+    "q, k, v, out; r = 2": [2e-3, 1e-3, 4e-3],
+    "q, v; r = 1": [2e-3, 4e-3, 1e-3],
+    "all linear; r = 16": [1e-3, 5e-4, 2e-3],
 }
+
+
+CHANGES: list[dict[str, Any]] = [  # to one of the recipes, one at a time
+    {"head_lr_ratio": 2},
+    {"head_lr_ratio": 4},
+    {"lora_alpha": 32},
+    {"lora_dropout": 0},
+    {"batch_size": 8, "epochs": 2},  # as many steps as with 16
+    {"batch_size": 8},
+    {"batch_size": 32},
+    {"loraplus_lr_ratio": 4},
+    {"loraplus_lr_ratio": 16},
+    {"label_smoothing": 0.1},
+]
+SHARES = {"World": 0.8, "Sports": 0.1, "Business": 0.05, "Sci/Tech": 0.03, "Space": 0.02}  # of the uneven set
+SPACE = ("nasa", "mars ", "spacecraft", "astronaut", "space station", "saturn")  # a Sci/Tech text with one of them
 
 
 @dataclass(frozen=True)
@@ -74,6 +96,7 @@ class Point:
     options: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     test: bool = False  # score the test part
+    uneven: bool = False
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -86,11 +109,6 @@ def points() -> Iterator[Point]:
         for rate in (5e-4, 2e-3):
             for count in epochs:
                 yield Point("steps", "q, v; r = 2", rows, PAPER | {"epochs": count, "learning_rate": rate})
-    for seed in 0, 1, 2:
-        for rows in 100, 1_000, 4_000:
-            yield Point("small", LINEAR, rows, seed=seed, test=True)
-        yield Point("small", "q, v; r = 2", 100, PAPER, seed, test=True)
-        yield Point("small", "q, v; r = 2", 100, PAPER | {"learning_rate": 2e-3}, seed, test=True)
     for dtype in "int8", "float32":  # over rounded weights or over the real ones
         for seed in 0, 1, 2:
             yield Point("int8", "q, v; r = 2", 4_000, PAPER | {"dtype": dtype}, seed, test=True)
@@ -98,44 +116,70 @@ def points() -> Iterator[Point]:
     for method, rates in RATES.items():
         for rate in rates:
             yield Point("rates", method, 1_000, METHODS[method] | {"epochs": 4, "learning_rate": rate})
+    for method, recipe in ("all linear; r = 8", BEST), ("q, v; r = 2", PAPER):
+        for change in CHANGES:
+            yield Point("recipe", method, 1_000, recipe | {"epochs": 4} | change)
+    for rows in 100, 400, 1_000, 4_000, 20_000, ALL:
+        for seed in (0,) if rows >= 20_000 else (0, 1, 2):
+            for method, recipe in (LINEAR, {}), ("q, v; r = 2", PAPER), ("all linear; r = 8", BEST), ("full", FULL):
+                stage = "linear" if method == LINEAR else "large" if rows >= 20_000 else "rows"
+                yield Point(stage, method, rows, recipe, seed, test=True)
+    for seed in 0, 1, 2:
+        for weights in "none", "balanced":
+            for method, recipe in (LINEAR, {}), ("q, v; r = 2", PAPER), ("all linear; r = 8", BEST):
+                yield Point("uneven", method, 300, recipe | {"class_weights": weights}, seed, test=True, uneven=True)
 
 
-def write_part(folder: Path, name: str, dataset: Any, texts: list[str], labels: np.ndarray, chosen: np.ndarray) -> None:
-    with open(folder / name, "w", encoding="utf-8") as file:
-        for i in chosen:
-            row = {"text": texts[i], "label": int(labels[i]), "label_text": dataset.label_names[labels[i]]}
-            file.write(json.dumps(row) + "\n")
+def write_part(path: Path, part: Split, names: Sequence[str]) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        for text, label in zip(part.texts, part.labels, strict=True):
+            file.write(json.dumps({"text": text, "label": int(label), "label_text": names[label]}) + "\n")
 
 
-def stratified(labels: np.ndarray, rows: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """`count` of `rows`, as many of each class as of any other, or one more."""
+def draw_rows(labels: np.ndarray, rows: np.ndarray, counts: Sequence[int], seed: int) -> np.ndarray:
+    """So many of `rows` of each class, drawn at random."""
     rows = np.random.default_rng(seed).permutation(rows)
-    classes = np.unique(labels)
-    each = [rows[labels[rows] == label] for label in classes]
-    return np.concatenate([of_class[: (count + k) // len(classes)] for k, of_class in enumerate(each)])
+    return np.concatenate([rows[labels[rows] == label][:count] for label, count in enumerate(counts)])
+
+
+def equal_counts(count: int, classes: int) -> list[int]:
+    return [(count + k) // classes for k in range(classes)]
 
 
 def write_data(source: str, point: Point, folder: Path) -> Path:
     """The folder that `point` trains on: the same rows to score for every point, other rows to train on for every seed."""
-    folder = folder / f"{Path(source).name}-{point.rows}-{point.seed}-{'test' if point.test else 'aside'}"
+    kind = "uneven" if point.uneven else "test" if point.test else "aside"
+    folder = folder / f"{Path(source).name}-{point.rows}-{point.seed}-{kind}"
     with WRITING:
         if folder.exists():
             return folder
         dataset = load_dataset(source)
-        train, everything = dataset.train, np.arange(len(dataset.train.labels))
-        aside = stratified(train.labels, everything, 0 if point.test else ASIDE, seed=0)
-        rest = np.setdiff1d(everything, aside)
-        if point.rows < len(rest):
-            rest = stratified(train.labels, rest, point.rows, seed=1 + point.seed)
+        train, test, names = dataset.train, dataset.test, dataset.label_names
+        chosen = np.arange(len(train))
+        if point.uneven:
+            train, test, names = with_space(train, names), with_space(test, names), [*names, "Space"]
+            counts = [[round(size * SHARES[name]) for name in names] for size in (point.rows, ASIDE)]
+            chosen = draw_rows(train.labels, chosen, counts[0], seed=1 + point.seed)
+            test = test.take(draw_rows(test.labels, np.arange(len(test)), counts[1], seed=0))
+        else:
+            aside = draw_rows(train.labels, chosen, equal_counts(0 if point.test else ASIDE, len(names)), seed=0)
+            chosen = np.setdiff1d(chosen, aside)
+            if point.rows < len(chosen):
+                chosen = draw_rows(train.labels, chosen, equal_counts(point.rows, len(names)), seed=1 + point.seed)
+            test = test if point.test else train.take(aside)
         partial = folder.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        write_part(partial, "train.jsonl", dataset, train.texts, train.labels, rest)
-        scored = dataset.test if point.test else train
-        chosen = np.arange(len(scored.labels)) if point.test else aside
-        write_part(partial, "test.jsonl", dataset, scored.texts, scored.labels, chosen)
+        write_part(partial / "train.jsonl", train.take(chosen), names)
+        write_part(partial / "test.jsonl", test, names)
         partial.rename(folder)
     return folder
+
+
+def with_space(part: Split, names: Sequence[str]) -> Split:
+    """The texts about space are a class of their own: AG News has four, and the uneven set five."""
+    about_space = np.array([any(word in text.lower() for word in SPACE) for text in part.texts])
+    return Split(part.texts, np.where(about_space & (part.labels == names.index("Sci/Tech")), len(names), part.labels))
 
 
 def train(point: Point, dataset: Path, folder: Path, threads: int) -> dict[str, Any]:
@@ -169,26 +213,20 @@ def train(point: Point, dataset: Path, folder: Path, threads: int) -> dict[str, 
     }
 
 
-def linear(folder: Path) -> dict[str, Any]:
-    """The row of a linear SVM on TF-IDF."""
-    import sklearn
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.pipeline import make_pipeline
-    from sklearn.svm import LinearSVC
-
+def linear(point: Point, folder: Path) -> dict[str, Any]:
+    """The row of a linear model."""
     data, start = load_dataset(str(folder)), time.perf_counter()
-    model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LinearSVC())
-    predicted = model.fit(data.train.texts, data.train.labels).predict(data.test.texts)
+    predicted, trained_parameters = train_linear_model(data.train, data.test, **point.options)
     matrix = confusion_matrix(data.test.labels, predicted, len(data.label_names))
     return {
         "scored_rows": len(data.test),
         "macro_f1": f"{macro_f1(matrix):.4f}",
         "classes_predicted": len(np.unique(predicted)),
-        "trained_parameters": model[-1].coef_.size,
+        "trained_parameters": trained_parameters,
         "steps": "",
         "seconds": f"{time.perf_counter() - start:.1f}",
         "threads": 1,
-        "torch": f"scikit-learn {sklearn.__version__}",
+        "torch": "",
     }
 
 
@@ -203,16 +241,17 @@ def sweep(options: argparse.Namespace) -> None:
     """Run what the CSV lacks of the stages, `jobs` at a time."""
     done = set()
     if options.csv.exists():
-        with open(options.csv, newline="", encoding="utf-8") as file:
-            done = {tuple(row[name] for name in POINT) for row in csv.DictReader(file)}
+        done = {tuple(row[name] for name in POINT) for row in read_rows(options.csv)}
     else:
         options.csv.write_text(",".join(COLUMNS) + "\n")
     wanted = [point for point in points() if point.stage in options.stages and point.key not in done]
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
 
     def run(point: Point) -> dict[str, Any]:
-        dataset = write_data(options.data if point.rows <= options.small else options.large, point, options.folder)
-        return linear(dataset) if point.method == LINEAR else train(point, dataset, options.folder, threads)
+        dataset = write_data(
+            options.large if point.uneven or point.rows > options.small else options.data, point, options.folder
+        )
+        return linear(point, dataset) if point.method == LINEAR else train(point, dataset, options.folder, threads)
 
     with ThreadPoolExecutor(options.jobs) as pool:
         futures = {pool.submit(run, point): point for point in wanted}
@@ -229,6 +268,61 @@ def sweep(options: argparse.Namespace) -> None:
             raise
 
 
+def read_rows(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def draw(rows: list[dict[str, str]], path: Path) -> None:
+    """Macro-F1 against the learning rate of each method, and against the number of rows: the mean of the seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (rates, sizes) = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    for method in RATES:
+        x, y = curve([row for row in rows if row["stage"] == "rates" and row["method"] == method], learning_rate)
+        rates.plot(x, y, "o-", label=method)
+    for method in LINEAR, "head", "q, v; r = 2", "all linear; r = 8", "full":
+        chosen = [row for row in rows if row["stage"] in ("linear", "rows", "large") and row["method"] == method]
+        x, y = curve(chosen, lambda row: int(row["rows"]))
+        if x:
+            sizes.plot(x, y, "o--" if method == LINEAR else "o-", label=method)
+    for axes, label in (rates, "learning rate; 1,000 rows, 252 steps"), (sizes, "rows of the training part"):
+        axes.set_xscale("log")
+        axes.set_xlabel(label)
+        axes.set_ylabel("macro-F1")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    figure.savefig(path)
+
+
+def curve(rows: list[dict[str, str]], key: Callable[[dict[str, str]], float]) -> tuple[list[float], list[float]]:
+    scores: dict[float, list[float]] = {}
+    for row in rows:
+        scores.setdefault(key(row), []).append(float(row["macro_f1"]))
+    x = sorted(scores)
+    return x, [sum(scores[value]) / len(scores[value]) for value in x]
+
+
+def learning_rate(row: dict[str, str]) -> float:
+    return json.loads(row["options"])["learning_rate"]
+
+
+def print_tables(rows: list[dict[str, str]]) -> None:
+    """For each stage, a line of each recipe: its scores, their mean, and the mean of the seconds."""
+    recipes: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    for row in rows:
+        recipes.setdefault((row["stage"], row["method"], row["rows"], row["options"]), []).append(row)
+    for recipe, runs in recipes.items():
+        scores = [float(row["macro_f1"]) for row in runs]
+        seconds = [float(row["seconds"]) for row in runs if row["seconds"]]
+        mean_seconds = f"{sum(seconds) / len(seconds):,.0f}" if seconds else "unknown"
+        each = " ".join(f"{score:.4f}" for score in scores)
+        print(" | ".join([*recipe, each, f"{sum(scores) / len(scores):.4f}", mean_seconds]))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stages", nargs="*", help=", ".join(dict.fromkeys(point.stage for point in points())))
@@ -238,7 +332,12 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores [%(default)s]")
     parser.add_argument("--csv", type=Path, default=ROOT / "bench" / "sweep.csv")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "sweep", help="for data and for unfinished runs")
+    parser.add_argument("--draw", action="store_true", help="draw the CSV, and print its tables")
     options = parser.parse_args()
+    if options.draw:
+        draw(read_rows(options.csv), options.csv.with_suffix(".svg"))
+        print_tables(read_rows(options.csv))
+        return 0
     return run_cli("sweep.py", lambda: sweep(options))
 
 

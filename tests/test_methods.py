@@ -13,6 +13,10 @@ import torch
 import transformers
 import yaml
 from processes import python
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.metrics import f1_score
+from sklearn.pipeline import make_pipeline
+from sklearn.svm import LinearSVC
 
 import compare
 import predict
@@ -318,16 +322,42 @@ def test_compare_runs_every_method_and_prints_one_table(tmp_path, small_model, c
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"model {small_model}, data sample: 96 training examples, epochs: 1"
     cells = [re.split(r"\s{2,}", line.strip()) for line in lines[1:]]
-    assert [row[0] for row in cells[1:]] == ["lora", "full", "head"]
-    for method, trained, _, optimizer, saved, memory, _, f1 in cells[1:]:
+    assert [row[0] for row in cells[1:]] == ["lora", "all-linear", "full", "head", "TF-IDF"]
+    for method, trained, _, optimizer, saved, memory, _, f1 in cells[1:-1]:
         results = read_json(folder / method / "results.json")
-        assert results["options"]["r"] == (4 if method == "lora" else 2)
+        assert results["options"]["r"] == (2 if method in ("full", "head") else 4)
+        assert (results["options"]["target_modules"] == ["all-linear"]) == (method == "all-linear")
         assert results["seed"] == 0
         assert trained == f"{results['parameters']['trainable']:,}"
         assert float(optimizer) == pytest.approx(8 * results["parameters"]["trainable"] / 1e6, abs=0.1)
         assert float(saved) == pytest.approx(4 * results["parameters"]["trainable"] / 1e6, abs=0.1)
         assert memory == f"{results['train']['peak_memory_mb']:,.0f}"
         assert f1 == f"{results['after']['macro_f1']:.4f}"
+
+
+LINEAR_ROW = {
+    "dataset": "sample",
+    "dataset_commit": None,
+    "options": {"train_limit": 64, "seed": 3, "class_weights": "balanced"},
+}
+
+
+def test_compares_linear_model_is_that_of_scikit_learn():
+    [[name, parameters, *_, score]] = compare.linear_model(LINEAR_ROW)
+    data = load_dataset("sample").limited(64, None, seed=3)
+    model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LinearSVC(class_weight="balanced"))
+    predicted = model.fit(data.train.texts, data.train.labels).predict(data.test.texts)
+    assert (name, parameters) == ("TF-IDF", f"{4 * len(model[0].vocabulary_) + 4:,}")
+    assert score == f"{f1_score(data.test.labels, predicted, average='macro'):.4f}"
+
+
+def test_compare_leaves_the_linear_model_out_where_it_cannot_be_trained(tmp_path, monkeypatch, capsys):
+    (tmp_path / "digits.csv").write_text("text,label\n" + "".join(f"{i % 7},{'ab'[i % 2]}\n" for i in range(40)))
+    assert compare.linear_model(LINEAR_ROW | {"dataset": str(tmp_path / "digits.csv")}) == []
+    assert "TF-IDF is left out: a linear model cannot be trained on these texts: empty vocabulary" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "sklearn.svm", None)
+    assert compare.linear_model(LINEAR_ROW) == []
+    assert "TF-IDF is left out: a linear model needs scikit-learn: pip install scikit-learn" in capsys.readouterr().err
 
 
 def test_compare_refuses_wrong_options_before_it_runs_anything(capfd):
@@ -341,5 +371,5 @@ def test_compare_stops_at_a_run_that_fails(tmp_path, capfd):
     assert compare.main(["--model", "minilm", "--dataset", "nowhere", "--output-dir", str(tmp_path / "x")]) == 2
     printed = capfd.readouterr().err
     assert "there is no data set 'nowhere'" in printed
-    assert "--method lora failed" in printed
-    assert "--method full" not in printed
+    assert "the run of lora failed" in printed
+    assert "all-linear" not in printed
