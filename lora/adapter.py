@@ -36,9 +36,9 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
             tensors |= {f"{name}.{key}": value for key, value in module.named_parameters() if key.startswith("lora_")}
         elif isinstance(module, ModulesToSaveWrapper):
             tensors |= {f"{name}.{key}": value for key, value in module.trained_module.state_dict().items()}
-        if hasattr(module, "original_bias"):  # peft nests an adapted layer as `base_layer`
+        if hasattr(module, "other_bias"):  # peft nests an adapted layer as `base_layer`
             key = "base_layer.bias" if isinstance(module, LoRALinear) else "bias"
-            tensors[f"{name}.{key}"] = module.bias if module.trained_bias is None else module.trained_bias
+            tensors[f"{name}.{key}"] = module.bias if module.bias_is_trained else module.other_bias
     # torch.compile wraps a model and adds "_orig_mod." to its names
     return {PREFIX + key.replace("_orig_mod.", ""): value.detach() for key, value in tensors.items()}
 
@@ -86,8 +86,8 @@ def match_tensors(expected: dict[str, Tensor], tensors: dict[str, Tensor], sourc
         if key not in expected:
             raise UserError(f"{source} contains {key}, which this model does not have. Load the base model of the adapter")
         if (theirs := tuple(tensors[key].shape)) != (ours := tuple(expected[key].shape)):
-            remedy = "Load the base model of the adapter, with its number of classes"
-            raise UserError(f"{source}: the shape of {key} is {theirs}, in the model {ours}. {remedy}")
+            mismatch = f"the shape of {key} is {theirs}, in the model {ours}"
+            raise UserError(f"{source}: {mismatch}. Load the base model of the adapter, with its number of classes")
     return tensors
 
 

@@ -1,7 +1,7 @@
 """Training biases beside the adapters: `LoraConfig(bias="all")` or `bias="lora_only"`, as in peft. The default is "none".
 
-A bias is trained in place, under its own name. Its original value is kept in a buffer of its module, `original_bias`. While
-the adapter is disabled the two change places, and `trained_bias` holds the trained value.
+A bias is trained in place, under its own name. Its module keeps the value that is not in use, at first the original one, in a
+buffer, `other_bias`. While the adapter is disabled the two values change places.
 """
 
 import torch
@@ -24,29 +24,27 @@ def train_biases(model: nn.Module, which: str, head: list[str]) -> None:
         chosen = not is_within(name, head) if which == "all" else which == "lora_only" and isinstance(module, LoRALinear)
         bias = getattr(module, "bias", None)
         if chosen and isinstance(bias, nn.Parameter) and not bias.requires_grad:  # a shared bias is prepared once
-            module.register_buffer("original_bias", bias.detach().clone(), persistent=False)
-            module.register_buffer("trained_bias", None, persistent=False)
+            module.register_buffer("other_bias", bias.detach().clone(), persistent=False)
+            module.bias_is_trained = True
             bias.requires_grad_(True)
 
 
 def use_biases(model: nn.Module, trained: bool) -> bool:
-    """Give every bias its trained value, or its original one. Returns which of the two were in use."""
+    """Give every bias its trained value, or its original one. Returns whether the trained ones were in use."""
     modules = _trained(model)
-    were_trained = all(module.trained_bias is None for module in modules)
-    for module in modules if were_trained != trained else []:
-        if trained:
-            module.bias.data, module.trained_bias = module.trained_bias, None
-        else:
-            module.trained_bias, module.bias.data = module.bias.data, module.original_bias
+    were_trained = all(module.bias_is_trained for module in modules)
+    for module in modules:
+        if module.bias_is_trained != trained:
+            module.bias.data, module.other_bias, module.bias_is_trained = module.other_bias, module.bias.data, trained
     return were_trained
 
 
 def unload_biases(model: nn.Module, trained: bool) -> None:
     """Stop training biases: keep the trained values, or restore the original ones."""
+    use_biases(model, trained)
     for module in _trained(model):
-        module.bias.data = module.bias.data.to(module.original_bias.dtype) if trained else module.original_bias
-        del module.original_bias, module.trained_bias
+        del module.other_bias, module.bias_is_trained
 
 
 def _trained(model: nn.Module) -> list:
-    return [module for module in model.modules() if hasattr(module, "original_bias")]
+    return [module for module in model.modules() if hasattr(module, "other_bias")]

@@ -14,9 +14,8 @@ from lora.errors import UserError
 from lora.files import find_folder, make_folder, read_json, write_file
 
 CONFIG_FILE = "adapter_config.json"
-MAX_RANK = 1 << 20
 MAX_ENTRIES = 10_000  # in a list or a dictionary
-MAX_ALPHA = 1e30  # float32 ends at 3.4e38
+RANGES = {"r": (1, 1e6), "lora_alpha": (1e-30, 1e30), "lora_dropout": (0, 1)}  # float32 ends at 3.4e38
 NO_TARGETS = "dummy-target-modules"  # peft's word for an adapter that only trains modules_to_save
 
 TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
@@ -94,17 +93,13 @@ class LoraConfig:
             if choices and value not in choices:
                 raise UserError(f"{item.name} is {value!r}. Supported: {', '.join(map(str, choices))}")
         if self.layers_pattern and self.layers_to_transform in (None, []):
-            raise UserError("When `layers_pattern` is specified, `layers_to_transform` must also be specified")
-        ranks = {"r": self.r} | {f"rank_pattern[{name!r}]": rank for name, rank in self.rank_pattern.items()}
-        for name, rank in ranks.items():
-            if not 1 <= rank < MAX_RANK:
-                raise UserError(f"{name} is {rank}. The rank must be at least 1 and below 2**20")
-        alphas = {"lora_alpha": self.lora_alpha} | {f"alpha_pattern[{name!r}]": a for name, a in self.alpha_pattern.items()}
-        for name, alpha in alphas.items():
-            if not 0 < alpha < MAX_ALPHA:
-                raise UserError(f"{name} is {alpha}. It must be above 0 and below {MAX_ALPHA:g}")
-        if not 0 <= self.lora_dropout < 1:
-            raise UserError(f"lora_dropout is {self.lora_dropout}. It must be at least 0 and less than 1")
+            raise UserError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. Give both or none")
+        numbers = [(name, getattr(self, name), *limits) for name, limits in RANGES.items()]
+        numbers += [(f"rank_pattern[{name!r}]", rank, *RANGES["r"]) for name, rank in self.rank_pattern.items()]
+        numbers += [(f"alpha_pattern[{name!r}]", alpha, *RANGES["lora_alpha"]) for name, alpha in self.alpha_pattern.items()]
+        for name, value, low, high in numbers:
+            if not low <= value < high:
+                raise UserError(f"{name} is {value}. It must be at least {low:g} and below {high:g}")
 
     to_dict = asdict
 

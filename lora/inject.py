@@ -47,8 +47,13 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def adapted_modules(model: nn.Module) -> list[LoRALinear | ModulesToSaveWrapper]:
-    return [module for module in model.modules() if isinstance(module, LoRALinear | ModulesToSaveWrapper)]
+def adapted_modules(model: nn.Module, kinds: typing.Any = LoRALinear | ModulesToSaveWrapper) -> list:
+    return [module for module in model.modules() if isinstance(module, kinds)]
+
+
+def check_enabled(model: nn.Module) -> None:
+    if any(module.disable_adapters for module in adapted_modules(model)):
+        raise UserError("the adapter is disabled here. Call this after the disable_adapter() block or enable_adapter_layers()")
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -61,8 +66,8 @@ def enable(model: nn.Module, enabled: bool) -> bool:
     """Compute with all that was trained, or exactly as the base model, unmerged. Returns whether trained biases were in use."""
     for module in adapted_modules(model):
         module.disable_adapters = not enabled
-        if isinstance(module, LoRALinear) and not enabled:
-            module.unmerge()
+    if not enabled:
+        unmerge(model)
     return use_biases(model, trained=enabled)
 
 
@@ -73,7 +78,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     Raises UserError at the end if a merged adapter was changed within, and its sum is not finite. It is then unmerged.
     """
     modules = [(module, module.disable_adapters) for module in adapted_modules(model)]
-    merged = [module for module, _ in modules if isinstance(module, LoRALinear) and module.merged]
+    merged = [layer for layer in adapted_modules(model, LoRALinear) if layer.merged]
     trained_biases = enable(model, False)
     try:
         yield
@@ -90,7 +95,8 @@ def merge(model: nn.Module) -> None:
 
     Raises UserError, with every weight unchanged, if a sum is not finite, if a weight is shared, or if LoRA is disabled.
     """
-    layers = [layer for layer in _enabled_layers(model) if not layer.merged]
+    check_enabled(model)
+    layers = [layer for layer in adapted_modules(model, LoRALinear) if not layer.merged]
     owned = [id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False)]
     if any(owned.count(id(layer.weight)) > 1 for layer in layers):
         raise UserError("an adapted layer shares its weight with another module, which a merge would change too. Do not merge")
@@ -104,18 +110,19 @@ def merge(model: nn.Module) -> None:
 
 
 def unmerge(model: nn.Module) -> None:
-    """Set every adapted weight back to W0, bit for bit. Raises UserError if LoRA is disabled."""
-    for layer in _enabled_layers(model):
+    """Set every adapted weight back to W0, bit for bit."""
+    for layer in adapted_modules(model, LoRALinear):
         layer.unmerge()
 
 
 @torch.inference_mode(False)
-def unload(model: nn.Module, merged: bool) -> None:
-    """Take LoRA out of `model`, in place. All parameters stay frozen.
+def unload(model: nn.Module, merged: bool) -> nn.Module:
+    """Take LoRA out of `model`, in place, and return it. All parameters stay frozen.
 
     `merged`: keep what was learned (dW in the weights, the trained head and biases). Otherwise restore the base model.
     Raises UserError as `merge` does.
     """
+    check_enabled(model)
     (merge if merged else unmerge)(model)
     unload_biases(model, trained=merged)
     for name, module in list(model.named_modules()):
@@ -123,11 +130,4 @@ def unload(model: nn.Module, merged: bool) -> None:
             _replace(model, name, module.to_linear())
         elif isinstance(module, ModulesToSaveWrapper):
             _replace(model, name, module.unwrap(trained=merged))
-    model.requires_grad_(False)
-
-
-def _enabled_layers(model: nn.Module) -> list[LoRALinear]:
-    modules = adapted_modules(model)
-    if any(module.disable_adapters for module in modules):
-        raise UserError("the adapter is disabled here. Call this after the disable_adapter() block or enable_adapter_layers()")
-    return [module for module in modules if isinstance(module, LoRALinear)]
+    return model.requires_grad_(False)

@@ -2,9 +2,9 @@
 
 import copy
 import functools
-import inspect
 import tempfile
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,15 +31,13 @@ def print_trainable_parameters(model: nn.Module) -> None:
     print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
 
 
-class _Forward(functools.partial):
+class _Forward:
     """`forward` with the base model's signature, from which transformers.Trainer learns the columns of a batch."""
 
-    def __get__(self, model: Any, owner: Any = None) -> "_Forward":
-        return self if model is None else _Forward(self.func, model)
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.args[0].base_model.forward if self.args else lambda *args, labels=None, **kwargs: None)
+    def __get__(self, model: Any, owner: Any = None) -> Callable[..., Any]:
+        if model is None:  # the class's signature tells it that there are labels
+            return lambda *args, labels=None, **kwargs: None
+        return functools.wraps(model.base_model.forward)(lambda *args, **kwargs: model.base_model(*args, **kwargs))
 
 
 class PeftModel(nn.Module):
@@ -48,6 +46,7 @@ class PeftModel(nn.Module):
     base_model: nn.Module
     active_adapter, active_adapters = "default", ["default"]
     prefix = "lora_"  # of the names of what an adapted layer trains
+    forward = _Forward()
 
     def __init__(self, model: nn.Module, peft_config: LoraConfig, adapter_name: str = "default", **options: Any):
         super().__init__()
@@ -71,10 +70,6 @@ class PeftModel(nn.Module):
         self.peft_config = {"default": config}
         if config.inference_mode:
             self.requires_grad_(False)
-
-    @_Forward
-    def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        return self.base_model(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -115,17 +110,16 @@ class PeftModel(nn.Module):
 
     def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = True) -> nn.Module:
         """The original model object, frozen, with every dW added and the trained head in place. Raises as `merge_adapter`."""
-        inject.unload(self.base_model, merged=True)
-        return self.base_model
+        return inject.unload(self.base_model, merged=True)
 
     def unload(self) -> nn.Module:
         """The original model object, frozen, and otherwise as it was before LoRA, head included."""
-        inject.unload(self.base_model, merged=False)
-        return self.base_model
+        return inject.unload(self.base_model, merged=False)
 
-    def save_pretrained(self, save_directory: str | Path, safe_serialization: bool = True, **options: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | Path, safe_serialization: bool = True, *, is_main_process: bool = True, **options: Any
+    ) -> None:
         """Write configuration and weights, head included, unless `is_main_process` is False. Raises as `save_adapter` does."""
-        is_main_process = options.pop("is_main_process", True)
         _check_options(options, safe_serialization=safe_serialization)
         if is_main_process:
             adapter.save_adapter(self.base_model, self.active_peft_config, save_directory)
@@ -161,15 +155,13 @@ class PeftModel(nn.Module):
         `from_pretrained` does, with the present adapter unchanged.
         """
         config, tensors, skeleton = _read_for(self, model_id, is_trainable, None, hub | {"adapter_name": adapter_name})
-        inject.unmerge(self.base_model)
         present = adapter.adapter_tensors(self.base_model)
         if {key: tensor.shape for key, tensor in present.items()} != {key: tensor.shape for key, tensor in tensors.items()}:
             if is_trainable:
                 warnings.warn("this adapter has other tensors than the last: make the optimizer anew", stacklevel=2)
             inject.inject(self.unload(), config, strict=False)
-        for mine, new in zip(inject.adapted_modules(self.base_model), inject.adapted_modules(skeleton), strict=True):
-            if isinstance(mine, LoRALinear) and isinstance(new, LoRALinear):
-                mine.scaling, mine.lora_dropout.p = new.scaling, new.lora_dropout.p
+        for mine, new in zip(inject.adapted_modules(self, LoRALinear), inject.adapted_modules(skeleton, LoRALinear), strict=True):
+            mine.scaling, mine.lora_dropout.p = new.scaling, new.lora_dropout.p
         for parameter, new_parameter in zip(self.base_model.parameters(), skeleton.parameters(), strict=True):
             parameter.requires_grad_(new_parameter.requires_grad)
         self._describe(config)
@@ -212,9 +204,7 @@ def set_peft_model_state_dict(model: nn.Module, peft_model_state_dict: dict, ada
     """
     present = get_peft_model_state_dict(model, adapter_name)
     tensors = adapter.match_tensors(present, peft_model_state_dict, "the state dict")
-    for module in inject.adapted_modules(model):
-        if isinstance(module, LoRALinear):
-            module.unmerge()  # the merged weight holds the old dW
+    inject.unmerge(model)  # a merged weight holds the old dW
     for key, tensor in tensors.items():
         present[key].copy_(tensor)
     return nn.modules.module._IncompatibleKeys([], [])

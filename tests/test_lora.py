@@ -248,7 +248,7 @@ def test_a_bad_target_is_refused_and_the_model_unchanged(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"r": 0}, "r is 0. The rank must be at least 1"),
+        ({"r": 0}, "r is 0. It must be at least 1 and below 1e+06"),
         ({"r": 2.0}, "r is 2.0. Its type must be int"),
         ({"r": True}, "r is True"),
         ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
