@@ -15,9 +15,3 @@ from lora.peft_model import (
     print_trainable_parameters,
     set_peft_model_state_dict,
 )
-
-__all__ = [
-    "NO_TARGETS", "LoRALinear", "LoraConfig", "PeftConfig", "PeftModel", "PeftModelForSequenceClassification", "TaskType",
-    "count_parameters", "get_peft_model", "get_peft_model_state_dict", "inject_adapter_in_model",
-    "print_trainable_parameters", "set_peft_model_state_dict",
-]  # fmt: skip

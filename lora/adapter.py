@@ -26,17 +26,14 @@ REPEATED_BIAS = re.compile(r"\.(modules_to_save(\.default)?|original_module)\.(.
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters of adapters, head and biases, and the head's buffers, by their keys in peft's files.
-
-    They are detached, and share the model's memory.
-    """
+    """The trained tensors, and the head's buffers, by their keys in peft's files: detached, in the model's memory."""
     tensors: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
             tensors |= {f"{name}.{key}": value for key, value in module.named_parameters() if key.startswith("lora_")}
         elif isinstance(module, ModulesToSaveWrapper):
             tensors |= {f"{name}.{key}": value for key, value in module.trained_module.state_dict().items()}
-        if hasattr(module, "other_bias"):  # peft nests an adapted layer as `base_layer`
+        if "other_bias" in module._buffers:  # peft nests an adapted layer as `base_layer`
             key = "base_layer.bias" if isinstance(module, LoRALinear) else "bias"
             tensors[f"{name}.{key}"] = module.bias if module.bias_is_trained else module.other_bias
     # torch.compile wraps a model and adds "_orig_mod." to its names
@@ -86,8 +83,8 @@ def match_tensors(expected: dict[str, Tensor], tensors: dict[str, Tensor], sourc
         if key not in expected:
             raise UserError(f"{source} contains {key}, which this model does not have. Load the base model of the adapter")
         if (theirs := tuple(tensors[key].shape)) != (ours := tuple(expected[key].shape)):
-            mismatch = f"the shape of {key} is {theirs}, in the model {ours}"
-            raise UserError(f"{source}: {mismatch}. Load the base model of the adapter, with its number of classes")
+            where = f"{source}: the shape of {key} is {theirs}, in the model {ours}"
+            raise UserError(f"{where}. Load the base model of the adapter, with its number of classes")
     return tensors
 
 

@@ -89,11 +89,10 @@ class LoraConfig:
                 setattr(self, item.name, value := sorted(value))
             if not _has_type(value, annotations[item.name]):
                 raise UserError(f"{item.name} is {value!r}. Its type must be {item.type}")
-            choices = CHOICES.get(item.name)
-            if choices and value not in choices:
-                raise UserError(f"{item.name} is {value!r}. Supported: {', '.join(map(str, choices))}")
+            if value not in CHOICES.get(item.name, (value,)):
+                raise UserError(f"{item.name} is {value!r}. Supported: {', '.join(map(str, CHOICES[item.name]))}")
         if self.layers_pattern and self.layers_to_transform in (None, []):
-            raise UserError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. Give both or none")
+            raise UserError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. Give both")
         numbers = [(name, getattr(self, name), *limits) for name, limits in RANGES.items()]
         numbers += [(f"rank_pattern[{name!r}]", rank, *RANGES["r"]) for name, rank in self.rank_pattern.items()]
         numbers += [(f"alpha_pattern[{name!r}]", alpha, *RANGES["lora_alpha"]) for name, alpha in self.alpha_pattern.items()]
@@ -115,14 +114,13 @@ class LoraConfig:
         if values.get("init_lora_weights", True) in HARMLESS_INIT:
             values["init_lora_weights"] = True
         known = {item.name for item in fields(cls)}
-        try:
-            config = cls(**{key: value for key, value in values.items() if key in known})
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
         for key, value in values.items():
             if key not in known and key not in IGNORED and value:  # None, False, {} and [] mean that an option is off
                 raise UserError(f"{path}: {key} is {value!r}, an option that is not supported here. Load the adapter with peft")
-        return config
+        try:
+            return cls(**{key: value for key, value in values.items() if key in known})
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write adapter_config.json, with sorted keys that every version of peft knows. Raises UserError if it cannot."""

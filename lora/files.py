@@ -35,7 +35,7 @@ def regular_size(path: Path) -> int:
         hint = ". Weights are read from safetensors files only" if path.suffix == ".safetensors" else ""
         raise UserError(f"{path} is missing{hint}") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {why(error)}") from error
+        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', error)}") from error
     if not path.is_file():
         raise UserError(f"{path} is not a regular file. Fetch or write it again")
     return size
@@ -88,8 +88,8 @@ def writing(path: Path | str) -> Iterator[None]:
     """In this block, an error of the system is a UserError that says that `path` cannot be written, and why."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be written: {why(error)}") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def make_folder(folder: Path | str) -> Path:
@@ -128,8 +128,7 @@ def replacing(file: Path) -> Iterator[Path]:
         os.replace(temporary, file)
         flush(file.parent)
     finally:
-        with contextlib.suppress(OSError):  # already renamed, or never written
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)  # if it was not renamed
 
 
 def partial_name(path: Path) -> Path:
@@ -141,8 +140,8 @@ def resolve(path: Path | str) -> Path:
     """The absolute path, links followed. Raises UserError for an impossible name, with a NUL in it for example."""
     try:
         return Path(os.path.realpath(path))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be written: {why(error)}") from error
+    except ValueError as error:
+        raise UserError(f"{path} cannot be written: {error}") from error
 
 
 def flush(path: Path) -> None:
@@ -154,8 +153,3 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def why(error: Exception) -> str:
-    """The reason in words: the system's, or Python's."""
-    return getattr(error, "strerror", None) or str(error)

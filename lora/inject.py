@@ -7,11 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from lora.biases import check_biases, train_biases, unload_biases, use_biases
 from lora.config import LoraConfig
 from lora.errors import UserError
 from lora.layer import LoRALinear
-from lora.modules_to_save import ModulesToSaveWrapper
+from lora.modules_to_save import ModulesToSaveWrapper, train_biases, unload_biases, use_biases
 from lora.targets import find_head, find_targets, pattern_values
 from lora.variants import DoRALinear, initialise
 
@@ -26,7 +25,8 @@ def inject(model: nn.Module, config: LoraConfig, strict: bool = True) -> None:
         raise UserError("this model contains LoRA already. Call unload() first")
     head = find_head(model, config, strict)
     targets = find_targets(model, config, head, strict)
-    check_biases(model, config.bias)
+    if config.bias != "none" and any(p.dtype != torch.float32 for name, p in model.named_parameters() if name.endswith("bias")):
+        raise UserError(f"bias is {config.bias!r}: biases are trained in float32. Load the base model with float32 biases")
     ranks = pattern_values("rank_pattern", config.rank_pattern, targets, config.r, strict)
     alphas = pattern_values("alpha_pattern", config.alpha_pattern, targets, config.lora_alpha, strict)
 
@@ -117,10 +117,9 @@ def unmerge(model: nn.Module) -> None:
 
 @torch.inference_mode(False)
 def unload(model: nn.Module, merged: bool) -> nn.Module:
-    """Take LoRA out of `model`, in place, and return it. All parameters stay frozen.
+    """Take LoRA out of `model`, in place, and return it, frozen. Raises UserError as `merge` does.
 
     `merged`: keep what was learned (dW in the weights, the trained head and biases). Otherwise restore the base model.
-    Raises UserError as `merge` does.
     """
     check_enabled(model)
     (merge if merged else unmerge)(model)

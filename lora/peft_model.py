@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -78,8 +77,8 @@ class PeftModel(nn.Module):
             if name == "base_model":  # not set yet
                 raise
             value = getattr(self.base_model, name)
-            if getattr(value, "__module__", "") == "transformers.integrations.peft":  # for adapters of its own
-                raise AttributeError(f"{name} would not know of this adapter. See load_adapter, disable_adapter") from None
+            if getattr(value, "__module__", "") in ("transformers.integrations.peft", "transformers.utils.hub"):
+                raise AttributeError(f"{name} would not know of this adapter. See load_adapter, save_pretrained") from None
             return value
 
     @property
@@ -116,22 +115,12 @@ class PeftModel(nn.Module):
         """The original model object, frozen, and otherwise as it was before LoRA, head included."""
         return inject.unload(self.base_model, merged=False)
 
-    def save_pretrained(
-        self, save_directory: str | Path, safe_serialization: bool = True, *, is_main_process: bool = True, **options: Any
-    ) -> None:
+    def save_pretrained(self, save_directory: str | Path, safe_serialization: bool = True, **options: Any) -> None:
         """Write configuration and weights, head included, unless `is_main_process` is False. Raises as `save_adapter` does."""
+        is_main_process = options.pop("is_main_process", True)
         _check_options(options, safe_serialization=safe_serialization)
         if is_main_process:
             adapter.save_adapter(self.base_model, self.active_peft_config, save_directory)
-
-    def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None, **options: Any) -> Any:
-        """Upload what `save_pretrained` writes. options: those of huggingface_hub.upload_folder, commit_message for example."""
-        import huggingface_hub
-
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            huggingface_hub.create_repo(repo_id, private=private, token=token, exist_ok=True)
-            return huggingface_hub.upload_folder(repo_id=repo_id, folder_path=folder, token=token, **options)
 
     @classmethod
     def from_pretrained(
@@ -149,10 +138,9 @@ class PeftModel(nn.Module):
         return loaded if is_trainable else loaded.eval()
 
     def load_adapter(self, model_id: str | Path, adapter_name: str = "default", is_trainable: bool = False, **hub: Any) -> None:
-        """Replace this adapter with another. (In peft it joins the present one, under a name of its own.)
+        """Replace this adapter with another. If all shapes are equal its tensors, and so an optimizer of them, stay in use.
 
-        If all shapes are equal the tensors stay the same objects, so that their optimizer stays valid. Raises as
-        `from_pretrained` does, with the present adapter unchanged.
+        Raises as `from_pretrained` does, with the present adapter unchanged.
         """
         config, tensors, skeleton = _read_for(self, model_id, is_trainable, None, hub | {"adapter_name": adapter_name})
         present = adapter.adapter_tensors(self.base_model)
@@ -160,7 +148,8 @@ class PeftModel(nn.Module):
             if is_trainable:
                 warnings.warn("this adapter has other tensors than the last: make the optimizer anew", stacklevel=2)
             inject.inject(self.unload(), config, strict=False)
-        for mine, new in zip(inject.adapted_modules(self, LoRALinear), inject.adapted_modules(skeleton, LoRALinear), strict=True):
+        layers, new_layers = (inject.adapted_modules(each, LoRALinear) for each in (self, skeleton))
+        for mine, new in zip(layers, new_layers, strict=True):
             mine.scaling, mine.lora_dropout.p = new.scaling, new.lora_dropout.p
         for parameter, new_parameter in zip(self.base_model.parameters(), skeleton.parameters(), strict=True):
             parameter.requires_grad_(new_parameter.requires_grad)
@@ -198,16 +187,13 @@ def get_peft_model_state_dict(model: nn.Module, adapter_name: str = "default") -
 
 
 def set_peft_model_state_dict(model: nn.Module, peft_model_state_dict: dict, adapter_name: str = "default") -> Any:
-    """Copy tensors into the model, by the keys of `get_peft_model_state_dict`. Raises UserError if they do not fit.
-
-    Returns missing and unexpected keys, as torch's load_state_dict does: always none.
-    """
+    """Copy tensors into the model, by the keys of `get_peft_model_state_dict`. Raises UserError if they do not fit."""
     present = get_peft_model_state_dict(model, adapter_name)
     tensors = adapter.match_tensors(present, peft_model_state_dict, "the state dict")
     inject.unmerge(model)  # a merged weight holds the old dW
     for key, tensor in tensors.items():
         present[key].copy_(tensor)
-    return nn.modules.module._IncompatibleKeys([], [])
+    return nn.modules.module._IncompatibleKeys([], [])  # none is missing or unexpected
 
 
 def _check_options(options: dict[str, Any], known: set[str] = NO_EFFECT, **named: Any) -> None:

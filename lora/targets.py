@@ -14,6 +14,7 @@ from lora.errors import UserError
 USUAL_TARGETS = {kind: ["query", "value"] for kind in ("bert", "roberta", "xlm-roberta", "electra")}
 USUAL_TARGETS |= {"deberta-v2": ["query_proj", "value_proj"], "distilbert": ["q_lin", "v_lin"]}
 END = r"(.*\.)?({})"  # an expression for the end of a name, from its start or a dot on
+LAYER = r"(.*?\.)??({})\.(?P<layer>\d+)\..*"  # and for a name with a number somewhere within, as early as possible
 MOST_REPEATS = 4  # in a regular expression
 
 
@@ -36,13 +37,10 @@ def find_targets(model: nn.Module, config: LoraConfig, head: list[str], strict: 
     else:
         names = _named(modules, wanted, "target_modules")
     if not (names := _in_layers(names, wanted, config)):
-        numbers = config.layers_to_transform
-        where = "" if numbers is None else f". layers_to_transform is {numbers}, but no layer of that number has one"
+        where = "" if config.layers_to_transform is None else f". layers_to_transform is {config.layers_to_transform}"
         raise UserError(f"Target modules {wanted!r} not found in the base model{where}. Choose from: {_last_parts(linear)}")
-    known = {end for name in modules for end in _ends(name)}
-    for end in wanted if strict and isinstance(wanted, list) else []:
-        if end not in known:
-            raise UserError(f"target_modules: no layer is named {end!r}. Choose from: {_last_parts(linear)}")
+    if strict and isinstance(wanted, list) and (unknown := set(wanted).difference(*map(_ends, modules))):
+        raise UserError(f"target_modules: no layer is named {min(unknown)!r}. Choose from: {_last_parts(linear)}")
     excluded = _named(names, config.exclude_modules or [], "exclude_modules")
     if strict and config.exclude_modules and not excluded:
         warnings.warn(f"You have passed exclude_modules={config.exclude_modules!r}, but no modules were excluded", stacklevel=2)
@@ -52,12 +50,11 @@ def find_targets(model: nn.Module, config: LoraConfig, head: list[str], strict: 
     for name in names:
         module, parent = modules[name], modules.get(name.rpartition(".")[0], model)
         if type(module) is not nn.Linear:
-            kind = type(module).__name__
-            raise UserError(f"target_modules: {name} is of type {kind}. Only plain linear layers can be adapted")
+            raise UserError(f"target_modules: {name} is of type {type(module).__name__}. Only plain linear layers are adapted")
         if module._forward_hooks or module._forward_pre_hooks:
             raise UserError(f"target_modules: {name} has hooks, which would be lost. Add LoRA before the hooks")
         if isinstance(parent, nn.TransformerEncoderLayer):
-            reason = "in evaluation nn.TransformerEncoderLayer takes the weight and not the layer, and would ignore LoRA"
+            reason = "in evaluation nn.TransformerEncoderLayer reads its weight, and would ignore LoRA"
             raise UserError(f"target_modules: {name} cannot be adapted: {reason}. Name it in exclude_modules")
     return names
 
@@ -101,10 +98,7 @@ def find_minimal_target_modules(target_modules: Collection[str], other_module_na
 
 
 def pattern_values(option: str, patterns: dict, names: list[str], default: Any, strict: bool = True) -> dict[str, Any]:
-    """For each name the value of the first pattern that matches its end, or `default`.
-
-    Raises UserError if a pattern matches none (if `strict`), is invalid, or takes too long.
-    """
+    """For each name the value of the first pattern that matches its end, or `default`. Raises UserError as `find_targets`."""
     values: dict[str, Any] = {}
     for pattern, value in patterns.items():
         found = _match(option, pattern, names, END)
@@ -122,26 +116,24 @@ def is_within(name: str, modules: list[str]) -> bool:
 def _in_layers(names: list[str], wanted: list[str] | str, config: LoraConfig) -> list[str]:
     """The names in `layers_to_transform`, and those that are entries of `wanted` in full, which always count.
 
-    A name's layer is the first number after a match of the first of `layers_pattern` that is there. By default that is any
-    two parts, as in peft, which never takes the last part for a layer.
+    A name's layer is the first number after a match of the first of `layers_pattern` that is there, by default after any two
+    parts. As in peft, the last part is never a layer.
     """
     chosen, patterns = config.layers_to_transform, config.layers_pattern or [r"[^.]*\.[^.]*"]
     if chosen is None or chosen == []:
         return names
-    places = [(name, name[: match.start()], int(match[1])) for name in names for match in re.finditer(r"\.(\d+)(?=\.)", name)]
-    patterns = [patterns] if isinstance(patterns, str) else patterns
     layers: dict[str, int] = {}
-    for pattern in patterns:
-        known = set(_match("layers_pattern", pattern, [before for _, before, _ in places], END))
-        layers = {name: number for name, before, number in reversed(places) if before in known} | layers
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        found = _match("layers_pattern", pattern, names, LAYER)
+        layers = {name: int(match["layer"]) for name, match in found.items()} | layers
     numbers = [chosen] if isinstance(chosen, int) else chosen
-    return [name for name in names if layers.get(name) in numbers or (name in wanted and isinstance(wanted, list))]
+    return [name for name in names if layers.get(name) in numbers or (isinstance(wanted, list) and name in wanted)]
 
 
 def _named(names: Iterable[str], wanted: list[str] | str, option: str) -> list[str]:
     """The names that `wanted` matches, a regular expression, or that end in an entry of it, a list."""
     if isinstance(wanted, str):
-        return _match(option, wanted, names)
+        return list(_match(option, wanted, names))
     ends = set(wanted)
     return [name for name in names if not ends.isdisjoint(_ends(name))]
 
@@ -151,7 +143,7 @@ def _ends(name: str) -> list[str]:
     return [name, *(name[dot.end() :] for dot in re.finditer(r"\.", name))]
 
 
-def _match(option: str, pattern: str, names: Iterable[str], within: str = "{}") -> list[str]:
+def _match(option: str, pattern: str, names: Iterable[str], within: str = "{}") -> dict[str, re.Match]:
     """The names that `pattern`, put into `within`, matches as a whole. Raises UserError if it is invalid or could take long.
 
     `re` may never end over a pattern such as `([a-z]+)+!`, and files come from strangers.
@@ -163,7 +155,7 @@ def _match(option: str, pattern: str, names: Iterable[str], within: str = "{}") 
         expression = re.compile(within.format(pattern))
     except (re.error, OverflowError, RecursionError) as error:  # invalid, too long or too deep
         raise UserError(f"{option}: {pattern!r:.99} is not a valid regular expression: {error}") from error
-    return [name for name in names if expression.fullmatch(name)]
+    return {name: match for name in names if (match := expression.fullmatch(name))}
 
 
 def _last_parts(names: list[str]) -> str:

@@ -50,13 +50,10 @@ class DoRALinear(LoRALinear):
 
 
 def initialise(layer: LoRALinear, how: bool | str) -> None:
-    """Starts other than the usual one (True): A normal with deviation 1 / r as in peft ("gaussian"), B not zero (False).
-
-    DoRA's m is set last, since it depends on A and B.
-    """
+    """Starts other than the usual one (True): A normal with deviation 1 / r as in peft ("gaussian"), B not zero (False)."""
     if how == "gaussian":
         nn.init.normal_(layer.lora_A.weight, std=1 / layer.lora_A.out_features)
     elif how is False:
         nn.init.kaiming_uniform_(layer.lora_B.weight, a=math.sqrt(5))
-    if isinstance(layer, DoRALinear):
+    if isinstance(layer, DoRALinear):  # m depends on A and B
         layer.reset_magnitude()

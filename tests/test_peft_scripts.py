@@ -1,9 +1,5 @@
 """Scripts written for peft, with only the import changed: each runs here with both libraries, and gives the same numbers."""
 
-import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
 import accelerate
 import huggingface_hub
 import numpy
@@ -187,44 +183,3 @@ def test_an_adapter_is_read_from_the_hub_by_its_name(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="nobody/adapter is not a folder, and the hub does not give it: "):
             lora.PeftModel.from_pretrained(base_model(), "nobody/adapter", **options)
     assert torch.equal(logits(loaded), logits(model))
-
-
-class Uploads(BaseHTTPRequestHandler):
-    """The part of the hub that takes small files: create, ask how to upload, commit."""
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.server.requests.append((self.path, body))  # type: ignore[attr-defined]
-        answer = {
-            "url": "https://huggingface.co/u/n",
-            "commitUrl": "https://huggingface.co/u/n/commit/1",
-            "commitOid": "1" * 40,
-        }
-        if "/preupload/" in self.path:
-            files = json.loads(body)["files"]
-            answer = {"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in files]}
-        content = json.dumps(answer).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *arguments) -> None:
-        pass
-
-
-def test_push_to_hub_uploads_the_adapter_and_nothing_else(tmp_path, monkeypatch):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Uploads)
-    server.requests = []  # type: ignore[attr-defined]
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", f"http://127.0.0.1:{server.server_port}")
-    adapted().push_to_hub("u/n", private=True, token="a-token", commit_message="first")
-    server.shutdown()
-    paths = dict(server.requests)  # type: ignore[attr-defined]
-    assert b"private" in paths["/api/repos/create"]
-    (commit,) = [body for path, body in paths.items() if path.startswith("/api/models/u/n/commit/")]
-    lines = [json.loads(line) for line in commit.splitlines()]
-    assert lines[0]["value"]["summary"] == "first"
-    assert {line["value"]["path"] for line in lines[1:]} == {"adapter_config.json", "adapter_model.safetensors"}
