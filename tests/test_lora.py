@@ -232,7 +232,7 @@ def test_adding_lora_twice_is_refused():
         ({"exclude_modules": "(q_lin"}, "exclude_modules: '(q_lin' is not a valid regular expression"),
         ({"layers_pattern": "(layer", "layers_to_transform": 1}, "not a valid regular expression"),
         ({"modules_to_save": ["pooler"]}, "no module is named 'pooler'"),
-        ({"layers_to_transform": [9]}, "layers_to_transform is [9], but no layer"),
+        ({"layers_to_transform": [9]}, "layers_to_transform is [9]. Choose from: q_lin"),
     ],
 )
 def test_a_bad_target_is_refused_and_the_model_unchanged(options, message):
