@@ -27,6 +27,7 @@ from data.tables import TEXTS
 from training.evaluation import progress_bar
 from training.inference import CHUNK, in_parts, load_classifier
 from training.options import Parser
+from training.run_folder import require_ended
 from training.trained_folder import run_results
 
 SAMPLE = 256  # texts on which int8 is compared with float32
@@ -52,6 +53,7 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
         raise UserError("both texts and --input were given. Choose one of them")
     if not 0 <= options.threshold <= 1:
         raise UserError(f"--threshold is {options.threshold}. It must be between 0 and 1")
+    require_ended(options.folder)  # before texts are read, which may be typed
     if options.output:
         from training.artifacts import refuse_own_files  # here: it imports the hub's client
 

@@ -36,12 +36,13 @@ from training.checkpoint import Checkpoint, Checkpoints, fingerprint, read_newes
 from training.data_summary import describe_scores
 from training.device import DTYPES, cast_frozen_matrices, choose_device, choose_dtype, dtype_name, peak_memory_mb
 from training.distributed import Distributed
-from training.evaluation import Examples, ModelRunner, evaluate, macro_f1, progress_bar, scores
+from training.evaluation import Examples, ModelRunner, confusion_matrix, evaluate, macro_f1, predict, progress_bar, scores
 from training.fast_cpu import limit_caches
 from training.loading import load_inputs
 from training.optimizer import lr_multiplier, parameter_groups
 from training.options import Options, parse
 from training.plan import describe_plan, loss_function, plan
+from training.run_folder import require_stopped
 from training.sanity_checks import frozen_sha256, lora_checks, refuse_not_finite
 from training.signals import Signals
 from training.validation import Validation
@@ -101,7 +102,8 @@ def run(options: Options, checkpoint: Checkpoint | None = None) -> dict[str, Any
         measured = train(runner, inputs.train, validation, options, processes, checkpoints, signals)
         if dtype == torch.int8:  # trained over rounded weights, used over the real ones
             runner = ModelRunner(model, device, torch.float32)
-        after = evaluate(runner, inputs.test, num_labels, processes, "after")
+        predictions = predict(runner, inputs.test.texts, processes, "after")
+        after = confusion_matrix(inputs.test.labels, predictions.labels, num_labels)
         print(f"macro-F1 after training:  {macro_f1(after):.4f}")
         print(*describe_scores(after, inputs.label_names), sep="\n")
         if frozen_hash:
@@ -115,7 +117,7 @@ def run(options: Options, checkpoint: Checkpoint | None = None) -> dict[str, Any
             "train": measured,
         }
         if processes.is_main:
-            save_run(checkpoints, results, runner, inputs, options)
+            save_run(checkpoints, results, predictions, runner, inputs, options)
     return results
 
 
@@ -235,7 +237,9 @@ def start(typed: dict[str, Any]) -> dict[str, Any]:
     """Begin a new run with the typed options, or resume a stopped run with its own options."""
     if "resume" not in typed:
         return run(Options(**typed))
-    checkpoint = read_newest(Path(typed["resume"]))
+    stopped = Path(typed["resume"])
+    require_stopped(stopped)
+    checkpoint = read_newest(stopped)
     return run(checkpoint.resume_options(typed), checkpoint)
 
 

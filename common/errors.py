@@ -1,24 +1,18 @@
 """UserError, the one class of error for what the user can fix, and how the command line reports it."""
+# ruff: noqa: F401 - the names of lora.errors are imported for the other folders
 
 import contextlib
-import difflib
 import errno
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, TextIO
 
-from lora.errors import UserError
+from lora.errors import UserError, did_you_mean, most_like
 
 # the errors of the system that come from names, permissions and devices, not from this program
 ENVIRONMENT = errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOSPC, errno.EROFS, errno.EIO, errno.EMFILE
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The end of an error message: the known word that is most like a mistyped one, if there is one."""
-    close = difflib.get_close_matches(word, list(known), 1, 0.7)
-    return f". Did you mean {close[0]}?" if close else ""
 
 
 class HubUnreachable(UserError):

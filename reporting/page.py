@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 MAX_CHARACTERS = 320  # of a text
+MAX_HEADS = 40  # characters in the heads of the confusion matrix, all together
 
 CSS = """
 :root { color-scheme: light dark; --page: #f4f5f7; --card: #fff; --ink: #1a1e24; --soft: #5b6573; --line: #dde1e7;
@@ -35,12 +36,20 @@ dl > div { display: grid; grid-template-columns: 9rem 1fr; gap: .75rem; padding:
 .wide { overflow-x: auto; margin: auto 0; }
 table { border-collapse: separate; border-spacing: 2px; width: 100%; font-size: .875rem; overflow-wrap: normal; }
 table td, table th { padding: .45rem .3rem; text-align: right; font-variant-numeric: tabular-nums; font-weight: 400; }
-table th { max-width: 7rem; overflow-wrap: break-word; color: var(--soft); }
-tr > :first-child { text-align: left; color: var(--soft); }
+table th { max-width: 9rem; overflow-wrap: break-word; color: var(--soft); } th b { color: var(--ink); }
+tr > :first-child { position: sticky; left: 0; text-align: left; color: var(--soft); background: var(--card); }
+.apart > * { border-top: 1px solid var(--line); }
+.matrix th[scope=row] { max-width: 8rem; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.matrix td, .matrix th[scope=col] { text-align: center; }
+details { margin-top: 1rem; } summary { cursor: pointer; padding: .25rem 0 .75rem; color: var(--soft); }
 .right, .wrong { border-radius: .25rem; background: color-mix(in srgb, var(--hue) calc(var(--strength) * .55), transparent); }
 .right { --hue: var(--c1); } .wrong { --hue: var(--c2); }
 .phi { display: grid; grid-template-columns: repeat(var(--columns), 1fr); gap: 1px; max-width: 4rem; margin-left: auto; }
 .phi i { aspect-ratio: 1; background: color-mix(in srgb, var(--c1) var(--strength), var(--page)); }
+.scale { position: relative; height: .6rem; margin-top: .9rem; border-radius: .3rem;
+  background: linear-gradient(90deg, var(--page), var(--c1)); }
+.scale i { position: absolute; top: -.25rem; bottom: -.25rem; width: 2px; background: var(--c2); }
+.scale + small { display: flex; justify-content: space-between; }
 .texts { padding-left: 2.6rem; } .texts li { padding: .5rem 0; } .texts li::marker { color: var(--soft); }
 .texts p { margin: 0; }
 """
@@ -92,44 +101,72 @@ def as_text(value: Any) -> str:
     return {"True": "yes", "False": "no", "None": "none"}.get(str(value), str(value))
 
 
-def confusion(matrix: list[list[int]], per_class_f1: dict[str, float | None]) -> str:
+def confusion(matrix: list[list[int]], names: list[str]) -> str:
+    """Rows are true classes, columns predicted ones. Many or long names stand beside the rows only, with the number of each.
+
+    The names stay in sight while a wide matrix is scrolled.
+    """
+    is_short = sum(map(len, names)) <= MAX_HEADS
+    heads = names if is_short else [str(number) for number in range(1, len(names) + 1)]
     rows = []
-    for i, ((name, f1), row) in enumerate(zip(per_class_f1.items(), matrix, strict=True)):
+    for i, (name, row) in enumerate(zip(names, matrix, strict=True)):
         # The square root, and at least 0.2, keep the few mistakes of a good model visible.
         strengths = [0.2 + 0.8 * (count / sum(row)) ** 0.5 if count else 0 for count in row]
         cells = "".join(
-            f'<td class="{"right" if i == j else "wrong"}" style="--strength: {strength:.0%}">{count:,}</td>'
+            f'<td class="{"right" if i == j else "wrong"}" style="--strength: {strength:.0%}" '
+            f'title="true {escape(name)}, predicted {escape(names[j])}">{count or ""}</td>'
             for j, (count, strength) in enumerate(zip(row, strengths, strict=True))
         )
-        score = "does not occur" if f1 is None else f"{f1:.3f}"
-        rows.append(f"<tr><th scope=row>{escape(name)}</th>{cells}<td>{score}</td></tr>")
-    heads = "".join(f"<th scope=col>{escape(name)}</th>" for name in [*per_class_f1, "F1"])
-    return f'<div class="wide"><table>\n<tr><td>true / predicted</td>{heads}</tr>\n{"".join(rows)}\n</table></div>'
+        number = "" if is_short else f"<b>{i + 1}</b> "
+        rows.append(f'<tr><th scope=row title="{escape(name)}">{number}{escape(name)}</th>{cells}</tr>')
+    columns = "".join(
+        f'<th scope=col title="{escape(name)}">{escape(head)}</th>' for head, name in zip(heads, names, strict=True)
+    )
+    table = f'<table class="matrix">\n<tr><td>true / predicted</td>{columns}</tr>\n{"".join(rows)}\n</table>'
+    return f'<div class="wide">{table}</div>'
 
 
-def similarities(phi: dict[str, dict[int, list[list[float]]]]) -> str:
-    """A small matrix phi[kind][layer] for each adapted layer: kinds of module down, layers across."""
-    highest = max(max(map(max, matrix)) for matrices in phi.values() for matrix in matrices.values()) or 1
+def columns(heads: list[str], rows: list[list[str]], last: int = 0) -> str:
+    """A table of text. The `last` rows are set apart from those above."""
+    first = "".join(f"<th scope=col>{escape(head)}</th>" for head in heads)
+    lines = []
+    for number, (name, *cells) in enumerate(rows):
+        mark = ' class="apart"' if last and number == len(rows) - last else ""
+        lines.append(f"<tr{mark}><th scope=row>{escape(name)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>")
+    return f'<div class="wide"><table>\n<tr>{first}</tr>\n{"".join(lines)}\n</table></div>'
+
+
+def folded(summary: str, body: str) -> str:
+    """Shown on a click."""
+    return f"<details><summary>{summary}</summary>\n{body}\n</details>"
+
+
+def similarities(phi: dict[str, dict[int, list[list[float]]]], chance: float) -> str:
+    """A small matrix phi[kind][layer] for each adapted layer: kinds of module down, layers across.
+
+    The colours go from phi = 0 to 1. `chance`: the phi of random directions, which is marked on the scale.
+    """
     layers = sorted({layer for matrices in phi.values() for layer in matrices})
     rows = ["<tr><td>layer</td>" + "".join(f"<th scope=col>{layer}</th>" for layer in layers) + "</tr>"]
     for kind, matrices in phi.items():
         panels = []
         for matrix in (matrices.get(layer, [[]]) for layer in layers):
             cells = "".join(
-                f'<i style="--strength: {value / highest:.0%}" title="i = {i}, j = {j}: {value:.3f}"></i>'
+                f'<i style="--strength: {value:.0%}" title="i = {i}, j = {j}: {value:.3f}"></i>'
                 for i, row in enumerate(matrix, 1)
                 for j, value in enumerate(row, 1)
             )
             panels.append(f'<td><div class="phi" style="--columns: {len(matrix[0])}">{cells}</div></td>')
         rows.append(f"<tr><th scope=row>{escape(kind)}</th>{''.join(panels)}</tr>")
-    scale = f"<small>The strongest colour is phi = {highest:.2g}.</small>"
-    return f'<div class="wide"><table>\n{"".join(rows)}\n</table>{scale}</div>'
+    scale = f'<div class="scale"><i style="left: {chance:.2%}"></i></div><small><span>phi = 0</span><span>1</span></small>'
+    mark = f"<small>The line on the scale is phi = {chance:.2g}, that of random directions.</small>"
+    return f'<div class="wide"><table>\n{"".join(rows)}\n</table></div>{scale}{mark}'
 
 
 def answers(wrong: list[dict[str, Any]]) -> str:
     items = (
-        f'<li><p dir="auto">{escape(shorten(answer["text"]))}</p><small>true label <b>{escape(answer["truth"])}</b>, predicted '
-        f"<b>{escape(answer['label'])}</b> with score {answer['score']:.3f}</small></li>"
+        f'<li><p dir="auto">{escape(shorten(answer["text"]))}</p><small>true label <b>{escape(answer["label"])}</b>, predicted '
+        f"<b>{escape(answer['predicted'])}</b> with score {answer['score']:.3f}</small></li>"
         for answer in wrong
     )
     return '<ol class="texts">' + "\n".join(items) + "</ol>"

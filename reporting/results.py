@@ -6,16 +6,17 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from common.errors import UserError
 from common.files import read_bytes, read_json
+from data import read_rows
 from lora import LoRALinear, PeftModel
 from model import load_pretrained
 from reporting.geometry import Geometry, geometry
-from training.checkpoint import newest_first
-from training.evaluation import progress_bar
-from training.inference import load_classifier
-from training.loading import data_sha256, load_data, require_weights, tokenize_examples
-from training.options import Options
+from training.evaluation import confusion_matrix
+from training.loading import require_weights
+from training.run_folder import require_ended
 
 VALIDATION = "validation_macro_f1"  # only in the lines of metrics.jsonl that have looked
 CURVES = ("step", "loss", "learning_rate", VALIDATION)
@@ -24,12 +25,11 @@ Layers = dict[str, dict[int, Geometry]]  # {"q_lin": {0: ..., 1: ...}, "v_lin": 
 
 def read_results(folder: Path) -> dict[str, Any]:
     """results.json. Raises UserError if there is none: the run has not ended, or the folder is not a run."""
+    require_ended(folder)
     path = folder / "results.json"
-    if path.exists():
-        return read_json(path)
-    if newest_first(folder):
-        raise UserError(f"the run in {folder} has not ended. Finish it first: python train.py --resume {folder}")
-    raise UserError(f"{folder} is not a finished run: results.json not found. Pass a folder that train.py wrote")
+    if not path.exists():
+        raise UserError(f"{folder} is not a finished run: results.json not found. Pass a folder that train.py wrote")
+    return read_json(path)
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -42,26 +42,39 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return metrics if all(math.isfinite(value) for line in metrics for value in line.values()) else []
 
 
-def find_mistakes(folder: Path, results: dict[str, Any]) -> list[dict[str, Any]]:
-    """The answers for the test texts that are labelled wrong, each with its "truth", the highest score first.
+def class_names(results: dict[str, Any]) -> list[str]:
+    return list(results["after"]["per_class_f1"])
 
-    Raises UserError if the model or the data can no longer be loaded, or the data has changed.
+
+def read_matrix(results: dict[str, Any]) -> np.ndarray:
+    """The confusion matrix (C, C) after training. Raises ValueError if it is not one."""
+    matrix = np.array(results["after"]["confusion_matrix"], dtype=np.int64)
+    if matrix.shape != 2 * (len(class_names(results)),) or matrix.min() < 0 or not matrix.any():
+        raise ValueError("confusion_matrix")
+    return matrix
+
+
+def read_mistakes(folder: Path, results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The lines of predictions.jsonl where the predicted label is not the true one, the highest score first.
+
+    Raises UserError if the file is missing or damaged, or is not of this run.
     """
-    options = Options(**results["options"])
-    dataset = load_data(results["dataset"], options, results.get("dataset_commit"))
-    test = dataset.test
-    classifier = load_classifier(folder, max_length=options.max_length)
-    tokenized = tokenize_examples(dataset, classifier.tokenizer, options.max_length)
-    if data_sha256(*tokenized) != results["sha256"]["data"] or dataset.label_names != classifier.label_names:
-        raise UserError(f"the data set {results['dataset']} has changed since the run")
-    mistakes = []
-    with progress_bar(len(test), "label", leave=False) as bar:
-        for answer, label in zip(classifier.label(test.texts), test.labels, strict=True):
-            truth = classifier.label_names[label]
-            if answer["label"] not in ("", truth):  # "": the tokenizer finds nothing in the text
-                mistakes.append(answer | {"truth": truth})
-            bar.update()
-    return sorted(mistakes, key=lambda answer: -answer["score"])
+    path = folder / "predictions.jsonl"
+    if not path.exists():
+        raise UserError(f"{path} is missing: a run of an older version has none")
+    numbers = {name: number for number, name in enumerate(class_names(results))}
+    lines = [row.fields for row in read_rows(path, ["text"], "label", labelled=True)]
+    try:
+        pairs = [(numbers[line["label"]], numbers[line["predicted"]]) for line in lines]
+        mistakes = sorted(
+            (line for line in lines if line["label"] != line["predicted"]), key=lambda line: -float(line["score"])
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error!r})") from error
+    true, predicted = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+    if confusion_matrix(true, predicted, len(numbers)).tolist() != results["after"]["confusion_matrix"]:
+        raise UserError(f"{path} does not belong to results.json: its predictions give another confusion matrix")
+    return mistakes
 
 
 def read_geometry(folder: Path, results: dict[str, Any]) -> Layers:

@@ -1,15 +1,23 @@
 """The sections of a report, from top to bottom, and the page that they make."""
 
+import math
+from dataclasses import asdict
 from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from common.errors import UserError
 from reporting import page, pictures
 from reporting.geometry import subspace_similarity
-from reporting.results import Layers, find_mistakes, read_geometry, read_metrics, read_results
+from reporting.results import Layers, class_names, read_geometry, read_matrix, read_metrics, read_mistakes, read_results
+from reporting.scores import CONFIDENCE, RESAMPLES, error_range, macro, majority, per_class
+from training.options import Options
 
 MISTAKES = 20  # the most that are shown
+MOST_CLASSES = 40  # in a confusion matrix; of more, the most frequent confusions are shown
+FEW = 0.6  # of r: if the effective rank is less, a smaller r is worth a try
 DIRECTIONS = 8  # the most that are compared in each layer
 NOT_LISTED = {"model", "dataset", "revision", "resume", "checkpoint_every", "output_dir", "merged_output", "dtype", "device"}
 
@@ -19,22 +27,109 @@ def report_page(folder: Path, against: Path | None) -> str:
     results = read_results(folder)
     try:
         learned = compare_with(folder, results, against) if against else what_lora_learned(folder, results)
-        options, before, after = results["options"], results["before"], results["after"]
+        options, matrix = results["options"], read_matrix(results)
         method = f"LoRA, r = {options['r']}" if options["method"] == "lora" else f"--method {options['method']}"
         title = f"{results['model']} on {results['dataset']}, {method}"
-        numbers = {
-            "macro-F1 before training": f"{before['macro_f1']:.3f}",
-            "macro-F1 after training": f"{after['macro_f1']:.3f}",
-            "accuracy after training": f"{after['accuracy']:.3f}",
-            "trained parameters": f"{results['parameters']['trainable']:,}",
-        }
-        sections = [what_was_run(results), outcome(folder, results), mistakes(folder, results), learned]
+        top = [page.tiles(numbers(results, matrix)), outcome(results, matrix), mistakes(folder, results, matrix)]
+        body = "\n".join([*top, training(folder), learned, what_was_run(results)])
     except UserError:
         raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         damaged = f"{folder} or {against}" if against else folder
         raise UserError(f"results.json of {damaged} is damaged ({error!r}): train again") from error
-    return page.document(title, f"The run in {folder.resolve().name}", page.tiles(numbers) + "\n".join(sections))
+    return page.document(title, f"The run in {folder.resolve().name}", body)
+
+
+def numbers(results: dict[str, Any], matrix: np.ndarray) -> dict[str, str]:
+    """The first thing that is seen."""
+    low, high = error_range(matrix)
+    largest, always = majority(matrix)
+    return {
+        f"macro-F1 ({100 * CONFIDENCE:.0f} % range {low:.3f} to {high:.3f})": f"{results['after']['macro_f1']:.3f}",
+        "macro-F1 before training": f"{results['before']['macro_f1']:.3f}",
+        "accuracy": f"{results['after']['accuracy']:.3f}",
+        f"accuracy of always {class_names(results)[largest]!r}": f"{np.trace(always) / always.sum():.3f}",
+        "test texts": f"{matrix.sum():,}",
+    }
+
+
+def outcome(results: dict[str, Any], matrix: np.ndarray) -> str:
+    luck = (
+        f"<p>The range of the macro-F1 is what other {matrix.sum():,} test texts of the same kind would mostly give. It comes "
+        f"from {RESAMPLES:,} bootstrap resamples (percentile interval, Efron &amp; Tibshirani 1993, section 13.3). "
+        "The seed of the training moves the score as well, and is not part of it."
+    )
+    if np.trace(matrix) == matrix.sum():
+        luck += (
+            " No text was labelled wrong, so no resample can have a mistake: still, up to "
+            f"{min(1, 3 / matrix.sum()):.1%} of all texts may be (the rule of three, Hanley &amp; Lippman-Hand 1983)."
+        )
+    if len(matrix) <= MOST_CLASSES:
+        confused = page.figure(
+            "Confusion matrix of the test texts",
+            page.confusion(matrix.tolist(), class_names(results)),
+            "Each row counts the texts of one class by the label they got, so the diagonal counts the correct labels. The "
+            "strongest colour off the diagonal shows which class is most often mistaken for another.",
+        )
+    else:
+        confused = page.figure(
+            "The most frequent confusions of the test texts",
+            page.columns(["true", "predicted", "texts"], confusions(results, matrix)),
+            "Each row counts the texts of one class that got the label of another, the most frequent first. "
+            f"With {len(matrix):,} classes the whole matrix would not fit here.",
+        )
+    largest, always = majority(matrix)
+    scored = page.figure(
+        "Each class",
+        page.columns(["class", "texts", "precision", "recall", "F1"], score_rows(results, matrix, largest, always), last=2),
+        "Precision is the share of correct labels among the predictions of a class, and recall that among its texts. "
+        "The last row always predicts the most frequent class: what a model that has learned nothing can reach.",
+    )
+    return page.section("Results", luck + "</p>", f'<div class="grid">{confused}{scored}</div>')
+
+
+def score_rows(results: dict[str, Any], matrix: np.ndarray, largest: int, always: np.ndarray) -> list[list[str]]:
+    """A row for each class, and one each for the mean of the classes (macro) and for the most frequent class."""
+
+    def cells(name: str, scores: np.ndarray) -> list[str]:
+        return [name, f"{scores[0]:,.0f}", *("\u2013" if np.isnan(score) else f"{score:.3f}" for score in scores[1:])]
+
+    rows = [cells(name, scores) for name, scores in zip(class_names(results), per_class(matrix), strict=True)]
+    return [*rows, cells("mean", macro(matrix)), cells(f"always {class_names(results)[largest]!r}", macro(always))]
+
+
+def confusions(results: dict[str, Any], matrix: np.ndarray) -> list[list[str]]:
+    wrong = matrix - np.diag(np.diag(matrix))
+    most = np.argsort(-wrong, axis=None, kind="stable")[:MISTAKES]
+    pairs = [(i, j) for i, j in zip(*np.unravel_index(most, wrong.shape), strict=True) if wrong[i, j]]
+    return [[class_names(results)[i], class_names(results)[j], f"{wrong[i, j]:,}"] for i, j in pairs]
+
+
+def mistakes(folder: Path, results: dict[str, Any], matrix: np.ndarray) -> str:
+    title = "The most confident mistakes"
+    try:
+        wrong = read_mistakes(folder, results)
+    except UserError as error:
+        return page.section(title, page.left_out("The texts that are labelled wrong", error))
+    if not wrong:
+        return page.section(title, "<p>None: every test text is labelled correctly.</p>")
+    shown = f"the {MISTAKES} with the highest score" if len(wrong) > MISTAKES else "all of them, the highest score first"
+    introduction = f"<p>Labelled wrong: {len(wrong):,} of {matrix.sum():,} test texts. Shown: {shown}.</p>"
+    return page.section(title, introduction, page.answers(wrong[:MISTAKES]))
+
+
+def training(folder: Path) -> str:
+    metrics = read_metrics(folder / "metrics.jsonl")
+    if not metrics:
+        why = "metrics.jsonl is missing or damaged"
+        return page.section("Training", page.left_out("The curves of loss and learning rate", why))
+    curves = page.figure(
+        "Loss and learning rate",
+        pictures.curves(metrics),
+        "Each point is the mean loss since the previous point: follow the trend and ignore small ups and downs. Train for "
+        "more epochs if the loss still falls at the end, and lower the learning rate if the loss rises where that is high.",
+    )
+    return page.section("Training", f'<div class="grid">{curves}</div>')
 
 
 def what_was_run(results: dict[str, Any]) -> str:
@@ -49,49 +144,26 @@ def what_was_run(results: dict[str, Any]) -> str:
     }
     if results["embedded"]:
         rows["hub"] = "could not be reached, so the embedded model or data set was used"
-    rows |= {key.replace("_", " "): value for key, value in listed(options).items() if value not in (None, False)}
+    shown = {key: value for key, value in options.items() if key not in NOT_LISTED}
+    usual = default_options(options["method"])
+    rows |= {in_words(key): value for key, value in shown.items() if value != usual.get(key)}
     if train.get("validation_macro_f1") is not None:
         rows["kept"] = f"the state after step {train['kept_step']:,} of {train['steps']:,}, the best on the validation part"
     rows["arithmetic"] = f"{results['dtype']} on {results['device']}, processes: {results['processes']}"
     rows["training took"] = f"{train['seconds']:,.0f} s, {train['examples_per_second']:,.1f} examples/s"
     rows["versions"] = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
-    return page.section("What was run", page.table(rows))
+    defaults = {in_words(key): value for key, value in shown.items() if value == usual.get(key) and value not in (None, [])}
+    rest = page.folded("Options that have their default", page.table(defaults))
+    return page.section("What was run", page.table(rows), rest)
 
 
-def listed(options: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in options.items() if key not in NOT_LISTED}
+def default_options(method: str) -> dict[str, Any]:
+    """As results.json has them: tuples are lists there."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(Options(method=method)).items()}
 
 
-def outcome(folder: Path, results: dict[str, Any]) -> str:
-    metrics = read_metrics(folder / "metrics.jsonl")
-    loss = page.left_out("The curves of loss and learning rate", "metrics.jsonl is missing or damaged")
-    if metrics:
-        loss = page.figure(
-            "Loss and learning rate",
-            pictures.curves(metrics),
-            "Each point is the mean loss since the previous point: follow the trend and ignore small ups and downs. Train for "
-            "more epochs if the loss still falls at the end, and lower the learning rate if the loss rises where that is high.",
-        )
-    matrix = page.figure(
-        "Confusion matrix of the test texts",
-        page.confusion(results["after"]["confusion_matrix"], results["after"]["per_class_f1"]),
-        "Each row counts the texts of one class by the label they got, so the diagonal counts the correct labels. The "
-        "strongest colour off the diagonal shows which class is most often mistaken for another.",
-    )
-    return page.section("Results", f'<div class="grid">{loss}{matrix}</div>')
-
-
-def mistakes(folder: Path, results: dict[str, Any]) -> str:
-    title = "The most confident mistakes"
-    try:
-        wrong = find_mistakes(folder, results)
-    except UserError as error:
-        return page.section(title, page.left_out("The texts that are labelled wrong", error))
-    if not wrong:
-        return page.section(title, "<p>None: every test text is labelled correctly.</p>")
-    shown = f"the {MISTAKES} with the highest score" if len(wrong) > MISTAKES else "all of them, the highest score first"
-    introduction = f"<p>Labelled wrong: {len(wrong):,} test texts. Shown: {shown}.</p>"
-    return page.section(title, introduction, page.answers(wrong[:MISTAKES]))
+def in_words(option: str) -> str:
+    return option.replace("_", " ")
 
 
 def what_lora_learned(folder: Path, results: dict[str, Any]) -> str:
@@ -135,11 +207,32 @@ def geometry_section(title: str, layers: Layers) -> str:
     ]
     return page.section(
         title,
+        f"<p>{in_short(layers, r)}</p>",
         "<p>Section 7 of the LoRA paper (Hu et al. 2021, arXiv:2106.09685) asks these questions. W0 is a pretrained matrix, "
         "and dW = (alpha / r) BA the update of it; with DoRA, dW also contains the new lengths of the rows. The effective rank "
         "is exp of the entropy of the singular values, scaled to sum to 1 (Roy &amp; Vetterli 2007).</p>",
         f'<div class="grid">{"".join(figures)}</div>',
     )
+
+
+def in_short(layers: Layers, r: int) -> str:
+    """Which layers changed, and whether r could be smaller."""
+    changes = [(layer.relative_size, f"{kind} of layer {number}") for kind in layers for number, layer in layers[kind].items()]
+    (least, lowest), (most, highest) = min(changes), max(changes)
+    if not most:
+        return "Training changed no layer: every dW is zero."
+    if len(changes) == 1:
+        changed = f"Training changed {escape(highest)}: |dW| / |W0| is {most:.3g}."
+    else:
+        where = f"{escape(highest)} most (|dW| / |W0| = {most:.3g}) and {escape(lowest)} least ({least:.3g})"
+        changed = f"Training changed {where}."
+    used = np.nanmean([layer.effective_rank for numbered in layers.values() for layer in numbered.values()])
+    if r == 1:
+        return f"{changed} r = 1 cannot be smaller."
+    smaller = (
+        f"about {math.ceil(used)} would keep most of the change" if used < FEW * r else "a smaller one would lose part of it"
+    )
+    return f"{changed} On average the change uses {used:.1f} of its r = {r} directions, so of r, {smaller}."
 
 
 def compare_with(folder: Path, results: dict[str, Any], against: Path) -> str:
@@ -155,21 +248,24 @@ def compare_with(folder: Path, results: dict[str, Any], against: Path) -> str:
     if {kind: set(layers[kind]) for kind in layers} != {kind: set(other_layers[kind]) for kind in other_layers}:
         raise UserError(f"--against {against} adapted other layers: pass a run with the same --target-modules")
 
-    here, there = listed(results["options"]), listed(other["options"])
+    here, there = ({k: v for k, v in run["options"].items() if k not in NOT_LISTED} for run in (results, other))
     here["macro-F1"], there["macro-F1"] = (round(each["after"]["macro_f1"], 4) for each in (results, other))
     rows = {
-        key.replace("_", " "): f"{page.as_text(here[key])} here, {page.as_text(there.get(key))} there"
+        in_words(key): f"{page.as_text(here[key])} here, {page.as_text(there.get(key))} there"
         for key in here
         if key == "macro-F1" or here[key] != there.get(key)
     }
     phi: dict[str, dict[int, list[list[float]]]] = {kind: {} for kind in layers}
+    chance = 0.0  # the highest phi that random directions have on average: max(i, j) / d_in
     for kind, numbered in layers.items():
         for number, layer in numbered.items():
             similarity = subspace_similarity(layer.A, other_layers[kind][number].A)
-            phi[kind][number] = similarity[:DIRECTIONS, :DIRECTIONS].tolist()
+            phi[kind][number] = similarity[:DIRECTIONS, :DIRECTIONS].clamp(0, 1).tolist()
+            compared = max(similarity[:DIRECTIONS, :DIRECTIONS].shape)
+            chance = max(chance, compared / layer.A.shape[1])
     directions = page.figure(
         "Directions that both runs learned",
-        page.similarities(phi),
+        page.similarities(phi, chance),
         "Each cell is phi of the first i directions of A here (down) and the first j there (across): 1 if one span contains "
         "the other, about max(i, j) / d_in if both are random. If only the upper left cell is strong, the runs agree on the "
         "leading direction alone.",

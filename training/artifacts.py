@@ -1,4 +1,4 @@
-"""What a run leaves in its folder: metrics while it trains; at the end an adapter or a model, its card, and results.json."""
+"""What a run leaves in its folder: metrics while it trains; at the end an adapter or a model, predictions, and results.json."""
 
 import contextlib
 import dataclasses
@@ -21,14 +21,14 @@ from model import DistilBertForSequenceClassification, load_pretrained, save_pre
 from training.checkpoint import FOLDER as CHECKPOINTS
 from training.checkpoint import Checkpoints, own_files
 from training.device import cast_frozen_matrices
-from training.evaluation import ModelRunner
+from training.evaluation import ModelRunner, Predictions
 from training.loading import Inputs
 from training.model_card import model_card
 from training.options import Options
 
 PACKAGES = ("torch", "tokenizers", "safetensors", "huggingface-hub", "numpy")
 EVENTS = "tensorboard"
-FILES = ("metrics.jsonl", "results.json", "adapter", "model", CHECKPOINTS, EVENTS)
+FILES = ("metrics.jsonl", "predictions.jsonl", "results.json", "adapter", "model", CHECKPOINTS, EVENTS)
 
 
 def check_outputs(run: Path, options: Options, new: bool) -> None:
@@ -116,7 +116,14 @@ def summary(options: Options, inputs: Inputs, runner: ModelRunner) -> dict[str, 
     }
 
 
-def save_run(checkpoints: Checkpoints, results: dict[str, Any], runner: ModelRunner, inputs: Inputs, options: Options) -> None:
+def save_run(
+    checkpoints: Checkpoints,
+    results: dict[str, Any],
+    predictions: Predictions,
+    runner: ModelRunner,
+    inputs: Inputs,
+    options: Options,
+) -> None:
     """Save what was trained. results.json is written last: it marks the run as ended."""
     run = checkpoints.run
     folder, difference = save_trained(checkpoints, results, runner, inputs)
@@ -124,17 +131,29 @@ def save_run(checkpoints: Checkpoints, results: dict[str, Any], runner: ModelRun
         merged = inputs.load_base()  # in float32, so that merging rounds as little as possible
         PeftModel.from_pretrained(merged, folder).merge_and_unload()
         save_pretrained(merged, inputs.tokenizer, options.merged_output, inputs.label_names, options.max_length)
+    write_file(checkpoints.path("predictions.jsonl"), predictions_jsonl(predictions, inputs))
     write_file(checkpoints.path("results.json"), json.dumps(results, indent=2).encode() + b"\n")
     with contextlib.suppress(OSError, UserError):  # what others put there stays
         for path in own_files(checkpoints.path(".")):
             path.unlink()
         (run / CHECKPOINTS).rmdir()
     equal = "equal logits" if difference == 0 else f"logits equal to within {difference:.0e}"
-    print(f"saved {run}/results.json, metrics.jsonl and {folder.name} (reloaded: {equal})")
+    print(f"saved {run}/results.json, metrics.jsonl, predictions.jsonl and {folder.name} (reloaded: {equal})")
     if options.merged_output is not None:
         print(f"saved {options.merged_output}, the merged model")
     if inputs.notice:
         print(inputs.notice)
+
+
+def predictions_jsonl(predictions: Predictions, inputs: Inputs) -> bytes:
+    """A line for each text of the test part, in its order: how it begins, its label, and the predicted one with its score."""
+    names = inputs.label_names
+    rows = zip(inputs.test_texts, inputs.test.labels, predictions.labels, predictions.scores.tolist(), strict=True)
+    lines = (
+        {"text": text, "label": names[label], "predicted": names[predicted], "score": round(score, 4)}
+        for text, label, predicted, score in rows
+    )
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
 
 
 def save_trained(checkpoints: Checkpoints, results: dict[str, Any], runner: ModelRunner, inputs: Inputs) -> tuple[Path, float]:

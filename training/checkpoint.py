@@ -9,6 +9,7 @@ examples is a function of (seed, epoch), and the dropout of a step is a function
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -225,7 +226,8 @@ def newest_first(run: Path) -> list[Path]:
 def own_files(run: Path) -> list[Path]:
     """The checkpoints, and what a killed process left of any file of the run."""
     left = [path for path in (run / FOLDER).glob(".step-*") if PARTIAL.fullmatch(path.name)]
-    return [*newest_first(run), *left, *partials_of(run / "metrics.jsonl"), *partials_of(run / "results.json")]
+    written = (partials_of(run / name) for name in ("metrics.jsonl", "predictions.jsonl", "results.json"))
+    return [*newest_first(run), *left, *itertools.chain(*written)]
 
 
 def _read(path: Path) -> Checkpoint:

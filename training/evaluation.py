@@ -1,9 +1,10 @@
 """From example indices to logits to macro-F1.
 
 training      a batch of 16 texts -> this process's shard -> micro-batches -> logits (B, C) -> loss
-evaluation    all texts -> micro-batches -> this process's shard -> logits (B, C) -> confusion matrix (C, C) -> macro-F1
+evaluation    all texts -> micro-batches -> this process's shard -> logits (B, C) -> predictions (N,) -> confusion matrix (C, C)
+              -> macro-F1
 
-A micro-batch has at most 1,024 tokens on a CPU, padding included. The confusion matrices of the processes are added up.
+A micro-batch has at most 1,024 tokens on a CPU, padding included. Each process predicts its shard, and all get all predictions.
 """
 
 import math
@@ -28,6 +29,11 @@ TOKENS, TOKENS_ON_GPU = 1024, 16384
 class Examples(NamedTuple):
     texts: TokenizedTexts
     labels: np.ndarray  # (N,) int64
+
+
+class Predictions(NamedTuple):
+    labels: np.ndarray  # (N,) int64
+    scores: np.ndarray  # (N,) float32: the softmax of the predicted class
 
 
 class ModelRunner:
@@ -74,17 +80,24 @@ def compute_logits(
 
 
 def evaluate(runner: ModelRunner, examples: Examples, num_labels: int, processes: Distributed, title: str | None) -> np.ndarray:
-    """The confusion matrix (C, C) over all examples. Each process counts its shard, and the counts are added up once.
+    """The confusion matrix (C, C) over all examples. Shows a progress bar if it has a title."""
+    return confusion_matrix(examples.labels, predict(runner, examples.texts, processes, title).labels, num_labels)
+
+
+def predict(runner: ModelRunner, texts: TokenizedTexts, processes: Distributed, title: str | None) -> Predictions:
+    """The predicted class of each text, and its score. Each process predicts its shard, and the shards are put together once.
 
     Shows a progress bar if it has a title.
     """
-    texts, labels = examples
-    matrix = np.zeros((num_labels, num_labels), dtype=np.int64)
+    predicted = np.zeros((2, len(texts.lengths)), dtype=np.float32)  # labels (whole numbers up to 2**24 are exact) and scores
     if shard := processes.shard(evaluation_batches(texts.lengths, runner.tokens)):
         with progress_bar(sum(map(len, shard)), title or "", leave=False, quiet=not (title and processes.is_main)) as bar:
-            predictions = compute_logits(runner, texts, shard, bar).argmax(axis=1)
-        matrix = confusion_matrix(labels[np.concatenate(shard)], predictions, num_labels)
-    return processes.all_reduce(torch.from_numpy(matrix).to(runner.device)).cpu().numpy()
+            logits = compute_logits(runner, texts, shard, bar)
+        highest = logits.max(axis=1, keepdims=True)
+        predicted[:, np.concatenate(shard)] = logits.argmax(axis=1), 1 / np.exp(logits - highest).sum(axis=1)
+    # the texts of other shards are zero here, so the sum over the processes has each text's own values
+    labels, scores = processes.all_reduce(torch.from_numpy(predicted).to(runner.device)).cpu().numpy()
+    return Predictions(labels.astype(np.int64), scores)
 
 
 def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_labels: int) -> np.ndarray:

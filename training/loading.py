@@ -11,12 +11,21 @@ from tokenizers import Tokenizer
 from common.errors import HubUnreachable, UserError
 from data import Dataset, load_dataset, tokenize
 from lora import LoraConfig
-from model import DistilBertForSequenceClassification, config_sha256, load_pretrained, resolve_revision, weights_sha256
+from lora.targets import find_head, find_targets
+from model import (
+    DistilBertForSequenceClassification,
+    config_sha256,
+    load_outline,
+    load_pretrained,
+    resolve_revision,
+    weights_sha256,
+)
 from training.checkpoint import Checkpoint
 from training.data_summary import describe_data
 from training.evaluation import Examples
 from training.options import DEFAULT_DATASET, DEFAULT_MODEL, EMBEDDED_DATASET, EMBEDDED_MODEL, Options
 
+SHOWN = 320  # characters of a test text, to recognise it by in predictions.jsonl and in a report
 MOST_CLASSES = 1000  # the confusion matrix is written in full; more are nearly always numbers of rows, or the texts themselves
 
 
@@ -27,6 +36,7 @@ class Inputs:
     train: Examples
     test: Examples
     validation: Examples | None
+    test_texts: list[str]  # how each text of the test part begins
     label_names: list[str]
     lora_config: LoraConfig | None  # None with --method full
     model: str  # the name of the model and of the data set, typed or chosen
@@ -62,6 +72,9 @@ def load_inputs(options: Options, checkpoint: Checkpoint | None) -> Inputs:
         model_name = DEFAULT_MODEL  # without a fallback: the embedded model has no revisions
     if dataset_name is None and options.dataset_revision is not None:
         dataset_name = DEFAULT_DATASET  # likewise
+
+    if checkpoint is None:
+        require_targets(options, model_name)
 
     dataset_revision = (checkpoint and checkpoint.dataset_commit) or options.dataset_revision
     dataset, dataset_name, data_notice = load_with_fallback(
@@ -99,6 +112,7 @@ def load_inputs(options: Options, checkpoint: Checkpoint | None) -> Inputs:
         train=train,
         test=test,
         validation=validation,
+        test_texts=[text[:SHOWN] for text in dataset.test.texts],
         label_names=dataset.label_names,
         lora_config=options.lora_config(model_name, revision),
         model=model_name,
@@ -109,6 +123,15 @@ def load_inputs(options: Options, checkpoint: Checkpoint | None) -> Inputs:
         sha256={"weights": sha256, "config": config_sha256(base.config), "data": data_sha256(train, test, validation)},
         notice=notice,
     )
+
+
+def require_targets(options: Options, model_name: str | None) -> None:
+    """Raises UserError if there is no such model, or it has no layer that --target-modules names: before the long work."""
+    outline, name, _ = load_with_fallback(
+        lambda name: load_outline(name, options.revision), model_name, DEFAULT_MODEL, EMBEDDED_MODEL
+    )
+    if config := options.lora_config(name, options.revision):
+        find_targets(outline, config, find_head(outline, config))
 
 
 def load_data(name: str, options: Options, revision: str | None) -> Dataset:

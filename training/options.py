@@ -20,6 +20,13 @@ MIN_EPOCHS, MIN_STEPS = 3, 250  # unless --epochs is typed: three epochs of a sm
 LARGEST = 2**31 - 1
 LORA_OPTIONS = ("r", "lora_alpha", "lora_dropout", "target_modules", "bias", "use_rslora", "use_dora", "loraplus_lr_ratio")
 
+GROUPS = {  # of --help: the title of each, by the option that it begins with
+    "model": "yours: the model, the data, and where results go",
+    "method": "LoRA",
+    "head_lr_ratio": "training",
+    "dtype": "machine",
+}
+
 
 def option(default: Any, help: str, low: float | None = None, high: float = math.inf, choices: tuple[str, ...] = ()) -> Any:
     """A field. A value outside `low` to `high`, or not among the choices, is refused. None means that it was left out."""
@@ -45,12 +52,18 @@ class Options:
     test_share: float | None = option(
         None, "share of the rows to put aside, at random by --seed, if there is no test part [0.1]", 0.001, 0.9
     )
+    validation_share: float | None = option(
+        None, "share of the training rows to put aside, at random by --seed, to choose the best epoch by [0]", 0.001, 0.9
+    )
     dataset_revision: str | None = option(None, "commit, branch or tag of the data set on the hub")
     revision: str | None = option(None, "commit, branch or tag of the model on the hub")
     train_limit: int | None = option(
         None, "use only N training examples, drawn at random, each class as often as before", 1, LARGEST
     )
     test_limit: int | None = option(None, "use only N test examples, likewise", 1, LARGEST)
+    output_dir: str | None = option(None, "folder for the results, new or empty [a new folder in runs/]")
+    merged_output: str | None = option(None, "also write the merged model to this folder, for transformers")
+    resume: str | None = option(None, "continue the stopped run in this folder, with the options that it began with")
     method: str = option(
         "lora", "what to train: lora (adapters and head), head (only the head), full (every weight)", choices=(*LEARNING_RATES,)
     )
@@ -60,7 +73,7 @@ class Options:
     target_modules: tuple[str, ...] = option(
         ("q_lin", "v_lin"), "linear layers to adapt: names, a regular expression, or all-linear"
     )
-    bias: str = option("none", "biases to train: none, all, lora_only")
+    bias: str = option("none", "biases to train: none, all, lora_only", choices=("none", "all", "lora_only"))
     use_rslora: bool = option(False, "scale by alpha / sqrt(r) instead (rsLoRA)")
     use_dora: bool = option(False, "train the magnitude and the direction of each row of W separately (DoRA)")
     loraplus_lr_ratio: float = option(1.0, "learning rate of B relative to the rest (LoRA+; 16 is typical)", 1e-6, 1e6)
@@ -80,35 +93,30 @@ class Options:
     class_weights: str = option(
         "none", "weight of each class in the loss: none, or balanced (rare ones more)", choices=("none", "balanced")
     )
-    validation_share: float | None = option(
-        None, "share of the training rows to put aside, at random by --seed, to choose the best epoch by [0]", 0.001, 0.9
-    )
     patience: int | None = option(
         None, "end after so many looks (of 10) at the validation part that bring no better macro-F1", 1, LARGEST
     )
     max_length: int = option(256, "maximum tokens per text; the rest is cut off", 3, LARGEST)
     seed: int = option(0, "seed of the head, the adapters, the order of the examples, dropout and what is drawn", 0, 2**63 - 1)
-    resume: str | None = option(None, "continue the stopped run in this folder, with the options that it began with")
-    checkpoint_every: int | None = option(
-        None, "steps between checkpoints [every 30 s, at most 1 %% of the run time]", 1, LARGEST
-    )
-    output_dir: str | None = option(None, "folder for the results, new or empty [a new folder in runs/]")
-    merged_output: str | None = option(None, "also write the merged model to this folder, for transformers")
-    tensorboard: bool = option(False, "also write the metrics for TensorBoard, into the run folder")
-    quiet: bool = option(False, "skip the LoRA sanity checks")
     dtype: str = option(
         "auto",
         "arithmetic of the frozen weights: float32, bfloat16, auto (the faster of these two on this machine), or int8",
         choices=("auto", "float32", "bfloat16", "int8"),
     )
     device: str = option("auto", "auto (the best available), cpu, cuda, mps", choices=("auto", "cpu", "cuda", "mps"))
+    checkpoint_every: int | None = option(
+        None, "steps between checkpoints [every 30 s, at most 1 %% of the run time]", 1, LARGEST
+    )
+    tensorboard: bool = option(False, "also write the metrics for TensorBoard, into the run folder")
+    quiet: bool = option(False, "skip the LoRA sanity checks")
 
     def __post_init__(self) -> None:
         self.target_modules, self.text_column = tuple(self.target_modules), tuple(self.text_column)
         for item in dataclasses.fields(self):
             value, low, high, choices = getattr(self, item.name), *(item.metadata[key] for key in ("low", "high", "choices"))
             if choices and value not in choices:
-                raise UserError(f"{flag(item.name)} is {value!r}. Choose from {', '.join(choices)}")
+                remedy = f"Choose from {', '.join(choices)}{did_you_mean(str(value), choices)}"
+                raise UserError(f"{flag(item.name)} is {value!r}. {remedy}")
             if None not in (low, value) and not low <= value <= high:
                 raise UserError(f"{flag(item.name)} is {value}. It must be between {low:,} and {high:,}")
         if self.label_column in self.text_column:
@@ -153,8 +161,11 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
     def error(self, message: str) -> Any:
-        wrong = re.search(r"unrecognized arguments: .*?(--[\w-]+)", message)
-        hint = did_you_mean(wrong[1], self._option_string_actions) if wrong else ""
+        hint = ""
+        if wrong := re.search(r"unrecognized arguments: .*?(--[\w-]+)", message):
+            hint = did_you_mean(wrong[1], self._option_string_actions)
+        elif wrong := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
+            hint = did_you_mean(wrong[1], re.findall(r"\w+", wrong[2]))
         raise UserError(f"{message}{hint or '.'} See {self.prog} --help")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -169,6 +180,8 @@ class Parser(argparse.ArgumentParser):
 def parse(arguments: list[str] | None, description: str | None) -> dict[str, Any]:
     """The options that were typed, by the name of their field in Options. Raises UserError for an unknown option."""
     parser = Parser(description)
+    parser.usage = "%(prog)s [options]"  # the list of them all would fill a screen
+    group: Any = parser
     for item in dataclasses.fields(Options):
         help, how = item.metadata["help"], dict[str, Any](action="store_true")
         if item.type is not bool:
@@ -177,5 +190,7 @@ def parse(arguments: list[str] | None, description: str | None) -> dict[str, Any
             how = {"type": kind, "nargs": "+" if several else None, "metavar": kind.__name__.upper()}
             default = " ".join(item.default) if several else item.default  # type: ignore[arg-type]
             help += "" if default in (None, "") else f" [{default}]"
-        parser.add_argument(flag(item.name), default=argparse.SUPPRESS, help=help, **how)
+        if item.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[item.name])
+        group.add_argument(flag(item.name), default=argparse.SUPPRESS, help=help, **how)
     return vars(parser.parse_args(arguments))

@@ -23,6 +23,7 @@ from model import (
     read_tokenizer,
     weights_sha256,
 )
+from training.run_folder import require_ended
 
 PARTS = ("adapter", "model")  # of a run, each of which can be labelled with
 # where a tensor's name in transformers begins -> the kind of model
@@ -40,6 +41,7 @@ class Trained:
 
 def read_trained(folder: Path, base: str | None) -> Trained:
     """What is in a folder; `base` replaces the base model that an adapter names. Raises UserError as `load_classifier`."""
+    require_ended(folder)
     if not any((folder / name).is_file() for name in ("config.json", CONFIG_FILE)):  # of a run that holds one
         folder = next((folder / part for part in PARTS if (folder / part).is_dir()), folder)
     is_whole = (folder / "config.json").is_file() and not (folder / CONFIG_FILE).is_file()
