@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 MAX_CHARACTERS = 320  # of a text
-MAX_HEADS = 40  # characters in the heads of the confusion matrix, all together
+MAX_HEADS = 32  # characters in the heads of the confusion matrix, all together
 
 CSS = """
 :root { color-scheme: light dark; --page: #f4f5f7; --card: #fff; --ink: #1a1e24; --soft: #5b6573; --line: #dde1e7;
@@ -40,7 +40,10 @@ table th { max-width: 9rem; overflow-wrap: break-word; color: var(--soft); } th 
 tr > :first-child { position: sticky; left: 0; text-align: left; color: var(--soft); background: var(--card); }
 .apart > * { border-top: 1px solid var(--line); }
 .matrix th[scope=row] { max-width: 8rem; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-.matrix td, .matrix th[scope=col] { text-align: center; }
+.matrix td, .matrix th[scope=col] { text-align: center; } .matrix tr > :first-child { text-align: left; }
+.right { outline: 1px solid var(--c1); outline-offset: -1px; }
+@media (max-width: 30rem) { .matrix { font-size: .75rem; } .matrix td, .matrix th { padding: .45rem .1rem; }
+  .matrix th[scope=row] { max-width: 4.5rem; } .matrix td:first-child { max-width: 4.5rem; } }
 details { margin-top: 1rem; } summary { cursor: pointer; padding: .25rem 0 .75rem; color: var(--soft); }
 .right, .wrong { border-radius: .25rem; background: color-mix(in srgb, var(--hue) calc(var(--strength) * .55), transparent); }
 .right { --hue: var(--c1); } .wrong { --hue: var(--c2); }
@@ -159,7 +162,8 @@ def similarities(phi: dict[str, dict[int, list[list[float]]]], chance: float) ->
             panels.append(f'<td><div class="phi" style="--columns: {len(matrix[0])}">{cells}</div></td>')
         rows.append(f"<tr><th scope=row>{escape(kind)}</th>{''.join(panels)}</tr>")
     scale = f'<div class="scale"><i style="left: {chance:.2%}"></i></div><small><span>phi = 0</span><span>1</span></small>'
-    mark = f"<small>The line on the scale is phi = {chance:.2g}, that of random directions.</small>"
+    highest = max(max(map(max, matrix)) for matrices in phi.values() for matrix in matrices.values())
+    mark = f"<small>The line is at phi = {chance:.2g}, that of random directions; the highest here is {highest:.2g}.</small>"
     return f'<div class="wide"><table>\n{"".join(rows)}\n</table></div>{scale}{mark}'
 
 

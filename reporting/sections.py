@@ -1,7 +1,7 @@
 """The sections of a report, from top to bottom, and the page that they make."""
 
 import math
-from dataclasses import asdict
+from dataclasses import fields
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from reporting import page, pictures
 from reporting.geometry import subspace_similarity
 from reporting.results import Layers, class_names, read_geometry, read_matrix, read_metrics, read_mistakes, read_results
 from reporting.scores import CONFIDENCE, RESAMPLES, error_range, macro, majority, per_class
-from training.options import Options
+from training.options import LEARNING_RATES, Options
 
 MISTAKES = 20  # the most that are shown
 MOST_CLASSES = 40  # in a confusion matrix; of more, the most frequent confusions are shown
@@ -26,17 +26,18 @@ def report_page(folder: Path, against: Path | None) -> str:
     """The whole page. Raises UserError if the run has not ended or is damaged, or cannot be compared with `against`."""
     results = read_results(folder)
     try:
-        learned = compare_with(folder, results, against) if against else what_lora_learned(folder, results)
         options, matrix = results["options"], read_matrix(results)
         method = f"LoRA, r = {options['r']}" if options["method"] == "lora" else f"--method {options['method']}"
         title = f"{results['model']} on {results['dataset']}, {method}"
         top = [page.tiles(numbers(results, matrix)), outcome(results, matrix), mistakes(folder, results, matrix)]
-        body = "\n".join([*top, training(folder), learned, what_was_run(results)])
+        settings = what_was_run(results)
+        learned = compare_with(folder, results, against) if against else what_lora_learned(folder, results)
     except UserError:
         raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         damaged = f"{folder} or {against}" if against else folder
         raise UserError(f"results.json of {damaged} is damaged ({error!r}): train again") from error
+    body = "\n".join([*top, training(folder), learned, settings])
     return page.document(title, f"The run in {folder.resolve().name}", body)
 
 
@@ -159,7 +160,8 @@ def what_was_run(results: dict[str, Any]) -> str:
 
 def default_options(method: str) -> dict[str, Any]:
     """As results.json has them: tuples are lists there."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(Options(method=method)).items()}
+    defaults = {item.name: list(item.default) if isinstance(item.default, tuple) else item.default for item in fields(Options)}
+    return defaults | {"method": method, "learning_rate": LEARNING_RATES[method]}
 
 
 def in_words(option: str) -> str:
@@ -229,10 +231,8 @@ def in_short(layers: Layers, r: int) -> str:
     used = np.nanmean([layer.effective_rank for numbered in layers.values() for layer in numbered.values()])
     if r == 1:
         return f"{changed} r = 1 cannot be smaller."
-    smaller = (
-        f"about {math.ceil(used)} would keep most of the change" if used < FEW * r else "a smaller one would lose part of it"
-    )
-    return f"{changed} On average the change uses {used:.1f} of its r = {r} directions, so of r, {smaller}."
+    smaller = f"r = {math.ceil(used)} would keep most of it" if used < FEW * r else "a smaller r would lose a part of it"
+    return f"{changed} On average the change uses {used:.1f} of its r = {r} directions, so {smaller}."
 
 
 def compare_with(folder: Path, results: dict[str, Any], against: Path) -> str:

@@ -50,7 +50,7 @@ def wait_for_training(folder: Path) -> None:
 def test_several_processes_train_the_same_model_as_one(world_size, model, tmp_path):
     """20 steps of 6 examples, the last of 2, and 5 test examples: some of four processes have nothing to do."""
     few = ["--train-limit", "116", "--batch-size", "6", "--epochs", "1", "--test-limit", "5"]
-    adapters, results, losses, outputs = [], [], [], []
+    adapters, results, losses, outputs, scores = [], [], [], [], []
     for processes in (1, world_size):
         folder = tmp_path / str(len(outputs))
         command = arguments(model, folder, *few)
@@ -59,10 +59,18 @@ def test_several_processes_train_the_same_model_as_one(world_size, model, tmp_pa
             output, errors = process.communicate(timeout=120)
             assert process.returncode == 0, errors
             assert process is started[0] or output == ""
-        assert sorted(path.name for path in folder.iterdir()) == ["adapter", "metrics.jsonl", "results.json"]
+        assert sorted(path.name for path in folder.iterdir()) == [
+            "adapter",
+            "metrics.jsonl",
+            "predictions.jsonl",
+            "results.json",
+        ]
         outputs.append(output.replace(str(folder), "FOLDER"))
         adapters.append(load_file(folder / "adapter" / "adapter_model.safetensors"))
         results.append(json.loads((folder / "results.json").read_text()))
+        lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+        scores.append([line.pop("score") for line in lines])
+        results[-1]["after"]["predictions"] = lines
         losses.append([json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()])
     assert [result["processes"] for result in results] == [1, world_size]
     assert [result["train"]["steps"] for result in results] == [20, 20]
@@ -70,6 +78,8 @@ def test_several_processes_train_the_same_model_as_one(world_size, model, tmp_pa
     assert moved > 0.01  # far beyond the tolerance below
     for name, tensor in adapters[0].items():
         torch.testing.assert_close(adapters[1][name], tensor, rtol=0, atol=1e-5)
+    assert scores[1] == pytest.approx(scores[0], abs=2e-4)
+    assert len(scores[0]) == 5
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
     for when in ("before", "after"):
         assert results[1][when] == results[0][when]

@@ -20,13 +20,17 @@ from torch import nn
 
 import report
 import train
+from common.errors import UserError
 from data import load_dataset
 from lora import LoRALinear
 from lora.variants import DoRALinear
 from reporting import page
-from reporting.geometry import amplification, effective_rank, geometry, subspace_similarity, thin_svd
+from reporting.geometry import Geometry, amplification, effective_rank, geometry, subspace_similarity, thin_svd
 from reporting.pictures import STYLE, spectra, svg
-from reporting.results import place, read_geometry
+from reporting.results import place, read_geometry, read_mistakes
+from reporting.scores import error_range, macro, majority, per_class
+from reporting.sections import in_short
+from training.evaluation import macro_f1
 from training.inference import load_classifier
 
 SCRIPT = "Breaking <script>alert('news')</script> & <b>markets</b> fell by 3 % on Monday."
@@ -202,24 +206,52 @@ def test_the_page_shows_the_options_and_the_results(runs, content):
         "<dt>learning rate</dt><dd>0.0005</dd>",
     ):
         assert value in content
-    cells = [int(cell) for cell in re.findall(r"<td class=[^>]*>(\d+)</td>", content)]
+    cells = [int(cell or 0) for cell in re.findall(r'<td class="(?:right|wrong)"[^>]*>(\d*)</td>', content)]
     assert cells == [count for row in results["after"]["confusion_matrix"] for count in row]
     for name, f1 in results["after"]["per_class_f1"].items():
-        assert re.search(f"<tr><th scope=row>{re.escape(html.escape(name))}</th>.*<td>{f1:.3f}</td></tr>", content)
+        assert re.search(f"<tr><th scope=row>{re.escape(html.escape(name))}</th><td>7</td>.*<td>{f1:.3f}</td></tr>", content)
 
 
-def test_the_twenty_most_confident_mistakes_are_shown_in_order(runs, content):
-    classifier = load_classifier(runs[0], device="cpu", max_length=64)
-    names = classifier.label_names
-    test = load_dataset(json.loads((runs[0] / "results.json").read_text())["dataset"]).test
-    answers = zip(classifier.label(test.texts), test.labels, strict=True)
-    wrong = [(answer["score"], answer["label"], names[truth]) for answer, truth in answers if answer["label"] != names[truth]]
+def test_results_come_first_and_defaults_are_folded_away(runs, content):
+    titles = re.findall("<h2>(.*?)</h2>", content)
+    assert titles[:4] == ["Results", "The most confident mistakes", "Training", "What LoRA learned"]
+    assert titles[-1] == "What was run"
+    typed, defaults = content.split("<h2>What was run</h2>")[1].split("<details>")
+    assert set(re.findall("<dt>(batch size|epochs|max length)</dt>", typed)) == {"batch size", "epochs", "max length"}
+    for name in ("learning rate", "target modules", "lora alpha", "seed"):
+        assert f"<dt>{name}</dt>" not in typed
+        assert f"<dt>{name}</dt>" in defaults
+    assert "<dt>resume</dt>" not in content
+
+
+def test_the_twenty_most_confident_mistakes_of_the_run_are_shown_in_order(runs, content):
+    lines = [json.loads(line) for line in (runs[0] / "predictions.jsonl").read_text().splitlines()]
+    wrong = [line for line in lines if line["predicted"] != line["label"]]
     assert len(wrong) == 21
+    assert "Labelled wrong: 21 of 28 test texts." in content
     shown = re.findall(r"true label <b>(.*?)</b>, predicted <b>(.*?)</b> with score ([\d.]+)<", content)
     assert len(shown) == 20
-    assert [float(score) for _, _, score in shown] == pytest.approx(sorted((w[0] for w in wrong), reverse=True)[:20], abs=6e-4)
-    pairs = {(html.escape(truth), html.escape(predicted)) for _, predicted, truth in wrong}
+    scores = sorted((line["score"] for line in wrong), reverse=True)
+    assert [float(score) for _, _, score in shown] == pytest.approx(scores[:20], abs=6e-4)
+    pairs = {(html.escape(line["label"]), html.escape(line["predicted"])) for line in wrong}
     assert {(truth, predicted) for truth, predicted, _ in shown} <= pairs
+
+
+def test_the_predictions_are_those_of_the_saved_adapter(runs):
+    """In the order of the test part, each text as it begins. Together they are the confusion matrix."""
+    classifier = load_classifier(runs[0], device="cpu", max_length=64, dtype="float32")
+    results = json.loads((runs[0] / "results.json").read_text())
+    test = load_dataset(results["dataset"]).test
+    lines = [json.loads(line) for line in (runs[0] / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["text"] for line in lines] == [text[:320] for text in test.texts]
+    assert [line["label"] for line in lines] == [classifier.label_names[label] for label in test.labels]
+    for line, answer in zip(lines, classifier.label(test.texts), strict=True):
+        assert line["score"] == pytest.approx(answer["scores"][line["predicted"]], abs=0.02)
+        assert line["score"] == pytest.approx(answer["score"], abs=0.02)  # of the label, which may differ on the brink
+    matrix = np.zeros((4, 4), dtype=int)
+    for line in lines:
+        matrix[classifier.label_names.index(line["label"]), classifier.label_names.index(line["predicted"])] += 1
+    assert matrix.tolist() == results["after"]["confusion_matrix"]
 
 
 def test_texts_are_escaped_and_cut_and_the_page_loads_nothing(content):
@@ -236,7 +268,7 @@ def test_texts_are_escaped_and_cut_and_the_page_loads_nothing(content):
 
 def test_each_picture_has_two_sentences_and_ids_of_its_own(content):
     captions = re.findall(r"<figcaption>(.*?)</figcaption>", content, re.DOTALL)
-    assert len(captions) == content.count("<figure>") == 7
+    assert len(captions) == content.count("<figure>") == 8
     assert content.count("<svg") == 5
     for caption in captions:
         assert len(re.findall(r"[.!?](?=\s|$)", caption)) == 2
@@ -273,21 +305,19 @@ def test_another_run_is_compared_by_its_options_and_phi(runs, content):
     ]
     assert re.findall(r'title="i = \d, j = \d: ([\d.]+)"', content) == phi
     assert len(phi) == 12 * 2 * 3
-    assert '--strength: 100%" title' in content  # the highest of all
+    strengths = re.findall(r'--strength: (\d+)%" title="i', content)
+    assert [int(strength) for strength in strengths] == pytest.approx([100 * float(value) for value in phi], abs=0.6)
+    assert '<i style="left: 0.78%">' in content  # 3 / 384, the phi of random directions
     alone = report_of(runs[1])
     assert "Compared" not in alone
-    assert alone.count("<figure>") == 6
+    assert alone.count("<figure>") == 7
 
 
 def test_a_missing_part_is_left_out_with_the_reason(runs, tmp_path):
-    gone = changed(runs[0], tmp_path / "gone", dataset=str(tmp_path / "no" / "data"))
-    assert "labelled wrong: left out, because there is no data set" in report_of(gone)
-    results = json.loads((runs[0] / "results.json").read_text())
-    other = shutil.copytree(results["dataset"], tmp_path / "data")
-    (other / "test.jsonl").write_text((other / "test.jsonl").read_text().replace("markets", "prices"))
-    content = report_of(changed(runs[0], tmp_path / "other", dataset=str(other)))
-    assert "has changed since the run" in content
-    assert "<ol" not in content
+    old = changed(runs[0], tmp_path / "old", dataset=str(tmp_path / "no" / "data"))
+    assert "Labelled wrong: 21 of 28" in report_of(old)  # the data set is not needed
+    (old / "predictions.jsonl").unlink()
+    assert "predictions.jsonl is missing: a run of an older version has none" in report_of(old)
 
     bare = changed(runs[0], tmp_path / "bare")
     shutil.rmtree(bare / "adapter")
@@ -298,15 +328,101 @@ def test_a_missing_part_is_left_out_with_the_reason(runs, tmp_path):
     assert content.count("<svg") == 0
 
 
-def test_a_class_that_does_not_occur_has_no_f1():
-    table = page.confusion([[0, 0], [1, 3]], {"a": None, "b": 0.75})
-    assert "<td>does not occur</td></tr><tr><th scope=row>b</th>" in table
-    assert "<td>0.750</td></tr>" in table
+def test_damaged_predictions_are_not_listed(runs, tmp_path):
+    results = json.loads((runs[0] / "results.json").read_text())
+    path = tmp_path / "predictions.jsonl"
+    lines = (runs[0] / "predictions.jsonl").read_text().splitlines(keepends=True)
+    first = json.loads(lines[0])
+    other = next(name for name in NAMES if name != first["predicted"])
+    damages: list[tuple[dict[str, object], str]] = [
+        ({"predicted": other}, "does not belong to results.json"),
+        ({"predicted": "Nobody"}, "is damaged"),
+        ({"predicted": ["World"]}, "is damaged"),
+        ({"label": None}, "is damaged"),
+        ({"score": None}, "is damaged"),
+        ({"text": 1}, "line 1: the text 1 is not a string"),
+    ]
+    for changes, why in damages:
+        path.write_text("".join([json.dumps(first | changes) + "\n", *lines[1:]]))
+        with pytest.raises(UserError, match=f"{re.escape(str(path))}.*{why}"):
+            read_mistakes(tmp_path, results)
+    for content, why in [("".join(lines)[:100], "not JSON"), ("", "does not belong to"), ("[" + "".join(lines), "not JSON")]:
+        path.write_text(content)
+        with pytest.raises(UserError, match=why):
+            read_mistakes(tmp_path, results)
+
+
+# The scores
+
+
+MATRIX = np.array([[40, 5, 0, 5], [2, 20, 0, 0], [0, 0, 0, 0], [3, 0, 0, 1]])
+
+
+def test_precision_and_recall_are_those_of_scikit_learn():
+    metrics = pytest.importorskip("sklearn.metrics")
+    true, predicted = (np.repeat(index, MATRIX.flatten()) for index in np.indices(MATRIX.shape).reshape(2, -1))
+    precision, recall, f1, support = metrics.precision_recall_fscore_support(
+        true, predicted, labels=range(4), zero_division=np.nan
+    )
+    assert per_class(MATRIX) == pytest.approx(np.stack([support, precision, recall, f1], axis=1), nan_ok=True)
+    means = metrics.precision_recall_fscore_support(true, predicted, average="macro", zero_division=0)[:3]
+    assert macro(MATRIX) == pytest.approx([76, *means])
+
+
+def test_the_error_range_is_that_of_resampled_texts():
+    """The percentile interval of texts drawn one by one. It is narrower with more texts."""
+    pairs = np.repeat(np.arange(16), MATRIX.flatten())
+    random = np.random.default_rng(1)
+    drawn = (np.bincount(random.choice(pairs, len(pairs)), minlength=16).reshape(4, 4) for _ in range(2000))
+    expected = np.quantile([macro_f1(matrix) for matrix in drawn], [0.025, 0.975])
+    low, high = error_range(MATRIX)
+    assert [low, high] == pytest.approx(expected, abs=0.015)
+    narrow_low, narrow_high = error_range(100 * MATRIX)
+    assert narrow_high - narrow_low < 0.15 * (high - low)
+
+
+def test_the_simplest_classifier_always_predicts_the_most_frequent_class():
+    largest, always = majority(MATRIX)
+    assert largest == 0
+    assert always.tolist() == [[50, 0, 0, 0], [22, 0, 0, 0], [0, 0, 0, 0], [4, 0, 0, 0]]
+
+
+def test_a_class_that_does_not_occur_has_no_scores(runs, tmp_path):
+    after = {"macro_f1": 0.75, "accuracy": 1.0, "confusion_matrix": [[0, 0], [0, 30]], "per_class_f1": {"a": None, "b": 1.0}}
+    content = report_of(changed(runs[0], tmp_path / "run", after=after))
+    assert "<tr><th scope=row>a</th><td>0</td><td>\u2013</td><td>\u2013</td><td>\u2013</td></tr>" in content
+    assert "No text was labelled wrong" in content
+    assert "up to 10.0% of all texts may be" in content
+
+
+def test_of_many_classes_the_most_frequent_confusions_are_shown(runs, tmp_path):
+    counts = np.diag([9] * 41)
+    counts[3, 5] = 4
+    scores = {f"class {i}": 0.9 for i in range(41)}
+    after = {"macro_f1": 0.9, "accuracy": 0.99, "confusion_matrix": counts.tolist(), "per_class_f1": scores}
+    content = report_of(changed(runs[0], tmp_path / "run", after=after))
+    assert "<tr><th scope=row>class 3</th><td>class 5</td><td>4</td></tr>\n</table>" in content
+    assert 'class="right"' not in content
+
+
+def test_the_geometry_begins_with_what_it_says():
+    def layers(*ranks: float) -> dict[str, dict[int, Geometry]]:
+        return {
+            "q_lin": {i: Geometry(0.01 * (i + 1), torch.ones(8), rank, 1.0, torch.ones(8, 9)) for i, rank in enumerate(ranks)}
+        }
+
+    said = in_short(layers(2.0, 3.0), 8)
+    assert said.startswith("Training changed q_lin of layer 1 most (|dW| / |W0| = 0.02) and q_lin of layer 0 least (0.01).")
+    assert said.endswith("uses 2.5 of its r = 8 directions, so r = 3 would keep most of it.")
+    assert in_short(layers(7.0, 6.0), 8).endswith("so a smaller r would lose a part of it.")
+    assert in_short(layers(1.0), 1) == "Training changed q_lin of layer 0: |dW| / |W0| is 0.01. r = 1 cannot be smaller."
+    nothing = {"q_lin": {0: replace(layers(1.0)["q_lin"][0], relative_size=0.0, effective_rank=math.nan)}}
+    assert in_short(nothing, 8) == "Training changed no layer: every dW is zero."
 
 
 def test_without_a_finished_run_the_error_says_what_to_do(runs, tmp_path, capsys):
     one, _ = runs
-    assert "results.json not found. Pass a folder" in refused(capsys, tmp_path / "none")
+    assert f"there is no folder {tmp_path / 'none'}" in refused(capsys, tmp_path / "none")
     stopped = tmp_path / "stopped"
     (stopped / "checkpoints").mkdir(parents=True)
     (stopped / "checkpoints" / "step-00000010.safetensors").touch()
@@ -323,7 +439,8 @@ def test_a_damaged_results_json_is_one_line(runs, tmp_path, capsys):
         {"options": []},
         {"train": {}},
         {"options": options | {"method": "prefix"}},
-        {"options": options | {"max_length": "long"}},
+        {"after": after | {"confusion_matrix": [[-1] * 4] * 4}},
+        {"after": after | {"confusion_matrix": [[0] * 4] * 4}},
         {"sha256": {}},
         {"after": after | {"macro_f1": "high"}},
         {"after": after | {"confusion_matrix": [["<b>"] * 4] * 4}},
@@ -429,7 +546,7 @@ def test_a_browser_shows_every_picture_in_light_and_dark(content, tmp_path, widt
     sizes = json.loads(html.unescape(title[1]))
     assert sizes["width"] == width
     assert sizes["scroll"] <= width
-    assert len(sizes["figures"]) == 7
+    assert len(sizes["figures"]) == 8
     for left, _, right, _ in sizes["figures"]:
         assert 0 <= left < right <= width
     for frame, texts in sizes["svgs"]:
@@ -455,6 +572,28 @@ def test_a_browser_shows_every_picture_in_light_and_dark(content, tmp_path, widt
             assert counts.max() < 0.98 * counts.sum()  # something is drawn ...
             ground = colours[counts.argmax()].astype(float)
             assert np.abs(colours - ground).max() > 90  # ... and can be seen
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_a_phone_shows_a_matrix_of_twelve_long_names(tmp_path):
+    """Its diagonal needs no scrolling. A wider matrix is scrolled under its names, which stay."""
+    names = [f"A long name of class {i}" for i in range(12)]
+    few, many = (page.confusion(np.full((12, 12), count).tolist(), names) for count in (88, 8888))
+    frame = tmp_path / "frame.html"
+    frame.write_text(FRAME.replace("WIDTH", "400"), encoding="utf-8")
+    measure = """<script>
+const wide = [...document.querySelectorAll(".wide")], left = e => e.getBoundingClientRect().left; wide[1].scrollLeft = 1e6;
+parent.postMessage(JSON.stringify([wide[0].scrollWidth - wide[0].clientWidth, wide[1].scrollLeft,
+  left(wide[1].querySelector("th[scope=row]")) - left(wide[1])]), "*");</script>"""
+    content = page.document("Matrix", "", page.figure("Few", few, "") + page.figure("Many", many, ""))
+    content = re.sub("<meta http-equiv[^>]*>", "", content) + measure
+    frame.with_name("measured.html").write_text(content, encoding="utf-8")
+    title = re.search("<title>(.*?)</title>", chromium(frame, "--dump-dom")[0])
+    assert title is not None
+    hidden, scrolled, left = json.loads(title[1])
+    assert hidden == 0
+    assert scrolled > 50
+    assert 0 <= left < 5
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")

@@ -15,7 +15,8 @@ def describe_data(dataset: Dataset, train: Examples, test: Examples, max_length:
     names, number = dataset.label_names, len(dataset.label_names)
     counts = [np.bincount(part.labels, minlength=number) for part in (train, test)]
     rows = zip(names[:MOST], *(count.tolist() for count in counts), strict=False)
-    lines = [f"  {name:<20} {trained:,} + {tested:,}" for name, trained, tested in rows]
+    width = name_width(names[:MOST])
+    lines = [f"  {name:<{width}} {trained:,} + {tested:,}" for name, trained, tested in rows]
     if number > MOST:
         lines.append(f"  and {number - MOST} more classes")
     largest = int(counts[1].argmax())
@@ -32,6 +33,11 @@ def describe_data(dataset: Dataset, train: Examples, test: Examples, max_length:
     return lines
 
 
+def name_width(names: list[str]) -> int:
+    """Of the column of names: from 20 to 40 characters."""
+    return min(40, max(20, *map(len, names)))
+
+
 def plain(text: str) -> str:
     """The text without the differences that nobody sees: case, and which and how many spaces."""
     return " ".join(text.casefold().split())
@@ -40,7 +46,8 @@ def plain(text: str) -> str:
 def describe_scores(matrix: np.ndarray, label_names: list[str]) -> list[str]:
     """A line for each class with its F1, and a line if a class that occurs is never predicted. The matrix is (C, C)."""
     f1s = ["does not occur" if math.isnan(f1) else f"{f1:.4f}" for f1 in f1_per_class(matrix)]
-    lines = [f"  F1 of {name:<20} {f1}" for name, f1 in zip(label_names, f1s, strict=True)]
+    width = name_width(label_names)
+    lines = [f"  F1 of {name:<{width}} {f1}" for name, f1 in zip(label_names, f1s, strict=True)]
     occurs, predicted = matrix.any(axis=1), matrix.any(axis=0)
     if (occurs & ~predicted).any():
         lines.append(f"  predicts {predicted.sum()} of {len(label_names)} classes")

@@ -200,7 +200,7 @@ def check(root: Path, begin: list[str], arguments: list[str], kind: str, at: int
             (root / name).write_text("of somebody else")
     strangers = [name for name in STRANGERS if (root / name).exists()]
     status, errors, _ = fork(root, ["--resume", str(root / "run")])
-    if status == 2 and "has no checkpoint to resume from" in errors:
+    if status == 2 and ("has no checkpoint to resume from" in errors or "there is no folder" in errors):
         status, errors, _ = fork(root, begin)
         how += ", begun again"
     elif status == 2 and "has ended: results.json exists" in errors:

@@ -61,10 +61,10 @@ def wait_for_step(run: Path, step: int, process: Python) -> None:
 
 
 def assert_same_result(run: Path, other: Path) -> None:
-    """The adapter byte for byte, the metrics but for the speed, and nothing left over."""
-    name = "adapter/adapter_model.safetensors"
-    assert (run / name).read_bytes() == (other / name).read_bytes()
-    assert sorted(path.name for path in run.iterdir()) == ["adapter", "metrics.jsonl", "results.json"]
+    """The adapter and the predictions byte for byte, the metrics but for the speed, and nothing left over."""
+    for name in ("adapter/adapter_model.safetensors", "predictions.jsonl"):
+        assert (run / name).read_bytes() == (other / name).read_bytes()
+    assert sorted(path.name for path in run.iterdir()) == ["adapter", "metrics.jsonl", "predictions.jsonl", "results.json"]
     metrics = [[json.loads(line) for line in (folder / "metrics.jsonl").open()] for folder in (run, other)]
     for line in [*metrics[0], *metrics[1]]:
         del line["examples_per_second"]

@@ -43,7 +43,7 @@ def test_training_goes_on_to_its_end_if_output_fails(small_model, tmp_path, redi
     done = train(small_model, run, redirection)
     assert done.returncode == status
     assert json.loads((run / "results.json").read_text())["train"]["examples"] == 100
-    assert sorted(path.name for path in run.iterdir()) == ["adapter", "metrics.jsonl", "results.json"]
+    assert sorted(path.name for path in run.iterdir()) == ["adapter", "metrics.jsonl", "predictions.jsonl", "results.json"]
     assert "Traceback" not in done.stderr
     assert (NO_SPACE in done.stderr.splitlines()[-1]) if redirection == "> /dev/full" else (NO_SPACE not in done.stderr)
 

@@ -83,7 +83,8 @@ def test_what_the_shell_has_opened_is_written_to_and_not_replaced(run, tmp_path)
 
 
 @pytest.mark.parametrize(
-    "what", ["results.json", "metrics.jsonl", "adapter/x", "adapter/adapter_model.safetensors", "link", "."]
+    "what",
+    ["results.json", "metrics.jsonl", "predictions.jsonl", "adapter/x", "adapter/adapter_model.safetensors", "link", "."],
 )
 @pytest.mark.parametrize("option", [None, "--against"])
 def test_a_report_does_not_overwrite_the_files_of_a_run(run, what, option, tmp_path, capsys):
@@ -215,7 +216,8 @@ def checkpoints_of(run: Path, *steps: int) -> Checkpoints:
 
 def test_a_resumed_run_removes_only_what_it_made(tmp_path):
     checkpoints_of(tmp_path, 1, 2)
-    own = [LEFT.format("metrics.jsonl"), LEFT.format("results.json"), "checkpoints/" + LEFT.format("step-00000003.safetensors")]
+    own = [LEFT.format(name) for name in ("metrics.jsonl", "predictions.jsonl", "results.json")]
+    own += ["checkpoints/" + LEFT.format("step-00000003.safetensors")]
     others = ["model/a", "adapter/a", ".adapter.mine/a", ".git/a", ".mine.partial", "notes/.a.partial", "checkpoints/a"]
     others += [LEFT.format("mine"), "checkpoints/step-best.safetensors"]
     for name in own + others:
