@@ -66,6 +66,7 @@ def run(arguments: list[str] | None) -> None:
     count, epochs = results["train"]["rows"], results["train"]["epochs"]
     print(f"model {typed['model']}, data {typed['dataset']}: {count:,} training examples, epochs: {epochs}")
     print(table(rows))
+    print(f"saved {folder}, with the runs {', '.join(RUNS)}. A page about one: python report.py {folder / 'lora'}")
 
 
 def linear_model(results: dict[str, Any]) -> list[list[str]]:

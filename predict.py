@@ -47,10 +47,13 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
     add("--max-length", type=int, help="maximum tokens per text; the rest is cut off [as in training]")
     types = ("auto", "float32", "bfloat16", "int8")
     add("--dtype", default="auto", choices=types, help="float32, bfloat16, int8, or auto, the fastest [auto]")
-    add("--device", default="auto", help="auto (the best available), cpu, cuda, mps [auto]")
+    devices = ("auto", "cpu", "cuda", "mps")
+    add("--device", default="auto", choices=devices, help="auto (the best available), cpu, cuda, mps [auto]")
     options = parser.parse_intermixed_args(arguments)
     if options.texts and options.input is not None:
         raise UserError("both texts and --input were given. Choose one of them")
+    if files := [text for text in options.texts if os.path.isfile(text)]:
+        raise UserError(f"{files[0]} is a file. To label the texts in it, pass --input {files[0]}")
     if not 0 <= options.threshold <= 1:
         raise UserError(f"--threshold is {options.threshold}. It must be between 0 and 1")
     require_ended(options.folder)  # before texts are read, which may be typed

@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
@@ -103,17 +104,27 @@ def is_empty(path: Path) -> bool:
 
 
 def refuse_to_overwrite(folder: Path) -> None:
-    """Raises UserError unless `folder` is new or empty, can be written, and is not the current one."""
+    """Raises UserError unless `folder` is new or empty, and not the current one."""
     with writing(folder):
         if not is_empty(folder):
             raise UserError(f"{folder} exists and is not an empty folder: name another folder, or move it away")
-        existing = next(path for path in [resolve(folder), *resolve(folder).parents] if os.path.lexists(path))
-        if not os.path.isdir(existing):
-            raise UserError(f"{folder} cannot be written: {existing} is not a folder. Name another one")
-        if not os.access(existing, os.W_OK | os.X_OK):
-            raise UserError(f"{folder} cannot be written: no permission to write in {existing}. Name another one")
     if resolve(folder) == Path.cwd():
         raise UserError(f"{folder} is the current folder: name another folder")
+
+
+def require_writable(folder: Path) -> None:
+    """Raises UserError if nothing can be written into `folder`, which need not exist yet. Leaves nothing behind."""
+    folder = resolve(folder)
+    with writing(folder):
+        missing = [path for path in [folder, *folder.parents] if not os.path.lexists(path)]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        finally:
+            for path in missing:
+                with contextlib.suppress(OSError):  # it was never made
+                    path.rmdir()
 
 
 @contextlib.contextmanager

@@ -106,14 +106,15 @@ def load_pretrained(
     return classifier.requires_grad_(True).eval(), tokenizer
 
 
-def load_outline(name_or_path: str, revision: str | None = None) -> DistilBertForSequenceClassification:
-    """The network with all its layers, but tiny ones: the names of its modules, known before a large file is loaded.
+def load_config(name_or_path: str, revision: str | None = None) -> DistilBertConfig:
+    """The model's sizes, before a large file is loaded. Raises what `load_pretrained` raises for a model that is not there."""
+    return _read_config(_locate_config(name_or_path, revision), 1)
 
-    Raises what `load_pretrained` raises for a model that is not there.
-    """
-    n_layers = _read_config(_locate_config(name_or_path, revision), 1).n_layers
+
+def outline(config: DistilBertConfig) -> DistilBertForSequenceClassification:
+    """A network with all the layers, by name, but tiny ones."""
     with no_init_weights():
-        return DistilBertForSequenceClassification(DistilBertConfig(2, 3, min(n_layers, MOST_OUTLINED), 1, 2, 2))
+        return DistilBertForSequenceClassification(DistilBertConfig(2, 3, 2, min(config.n_layers, MOST_OUTLINED), 1, 2))
 
 
 def resolve_revision(name_or_path: str, revision: str | None = None) -> str | None:

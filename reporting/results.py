@@ -16,7 +16,7 @@ from model import load_pretrained
 from reporting.geometry import Geometry, geometry
 from training.evaluation import confusion_matrix
 from training.loading import require_weights
-from training.run_folder import require_ended
+from training.run_folder import require_ended, run_around
 
 VALIDATION = "validation_macro_f1"  # only in the lines of metrics.jsonl that have looked
 CURVES = ("step", "loss", "learning_rate", VALIDATION)
@@ -28,7 +28,8 @@ def read_results(folder: Path) -> dict[str, Any]:
     require_ended(folder)
     path = folder / "results.json"
     if not path.exists():
-        raise UserError(f"{folder} is not a finished run: results.json not found. Pass a folder that train.py wrote")
+        hint = run_around(folder) or ". Pass a folder that train.py wrote"
+        raise UserError(f"{folder} is not a finished run: results.json not found{hint}")
     return read_json(path)
 
 

@@ -14,7 +14,16 @@ import torch
 from torch import nn
 
 from common.errors import UserError
-from common.files import append_line, new_folder, read_bytes, refuse_to_overwrite, resolve, write_file, writing
+from common.files import (
+    append_line,
+    new_folder,
+    read_bytes,
+    refuse_to_overwrite,
+    require_writable,
+    resolve,
+    write_file,
+    writing,
+)
 from data import evaluation_batches
 from lora import PeftModel, count_parameters
 from model import DistilBertForSequenceClassification, load_pretrained, save_pretrained, write_model, write_tokenizer
@@ -37,6 +46,7 @@ def check_outputs(run: Path, options: Options, new: bool) -> None:
         summary_writer()
     if new:
         refuse_to_overwrite(run)
+        require_writable(run)
     if options.merged_output is not None:
         merged_dir = resolve(options.merged_output)
         refuse_own_files(merged_dir, run, "--merged-output")

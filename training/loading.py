@@ -13,10 +13,12 @@ from data import Dataset, load_dataset, tokenize
 from lora import LoraConfig
 from lora.targets import find_head, find_targets
 from model import (
+    DistilBertConfig,
     DistilBertForSequenceClassification,
     config_sha256,
-    load_outline,
+    load_config,
     load_pretrained,
+    outline,
     resolve_revision,
     weights_sha256,
 )
@@ -74,7 +76,11 @@ def load_inputs(options: Options, checkpoint: Checkpoint | None) -> Inputs:
         dataset_name = DEFAULT_DATASET  # likewise
 
     if checkpoint is None:
-        require_targets(options, model_name)
+        # before the long work; once more below, because the hub may stop answering in between
+        config, name, _ = load_with_fallback(
+            lambda name: load_config(name, options.revision), model_name, DEFAULT_MODEL, EMBEDDED_MODEL
+        )
+        require_fit(options, name, config)
 
     dataset_revision = (checkpoint and checkpoint.dataset_commit) or options.dataset_revision
     dataset, dataset_name, data_notice = load_with_fallback(
@@ -96,10 +102,7 @@ def load_inputs(options: Options, checkpoint: Checkpoint | None) -> Inputs:
     notice = checkpoint.notice if checkpoint else "\n".join(filter(None, [model_notice, data_notice]))
     if notice:
         print(notice)
-    if options.max_length > (longest := base.config.max_position_embeddings):
-        raise UserError(f"--max-length is {options.max_length}, but {model_name} reads at most {longest} tokens")
-    if options.r > base.config.dim:
-        raise UserError(f"--r is {options.r}, but the weights of {model_name} have rank {base.config.dim} at most")
+    require_fit(options, model_name, base.config)
 
     train, test, validation = tokenize_examples(dataset, tokenizer, options.max_length)
     sizes = f"{len(dataset.train):,} training examples, {len(dataset.test):,} test examples"
@@ -125,13 +128,15 @@ def load_inputs(options: Options, checkpoint: Checkpoint | None) -> Inputs:
     )
 
 
-def require_targets(options: Options, model_name: str | None) -> None:
-    """Raises UserError if there is no such model, or it has no layer that --target-modules names: before the long work."""
-    outline, name, _ = load_with_fallback(
-        lambda name: load_outline(name, options.revision), model_name, DEFAULT_MODEL, EMBEDDED_MODEL
-    )
-    if config := options.lora_config(name, options.revision):
-        find_targets(outline, config, find_head(outline, config))
+def require_fit(options: Options, model: str, config: DistilBertConfig) -> None:
+    """Raises UserError if the options ask for what the model does not have: so many tokens, such a rank, such layers."""
+    if options.max_length > (longest := config.max_position_embeddings):
+        raise UserError(f"--max-length is {options.max_length}, but {model} reads at most {longest} tokens")
+    if options.r > config.dim:
+        raise UserError(f"--r is {options.r}, but the weights of {model} have rank {config.dim} at most")
+    if lora_config := options.lora_config(model, options.revision):
+        network = outline(config)
+        find_targets(network, lora_config, find_head(network, lora_config))
 
 
 def load_data(name: str, options: Options, revision: str | None) -> Dataset:

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import math
+import os
 import re
 import sys
 import typing
@@ -164,6 +165,8 @@ class Parser(argparse.ArgumentParser):
         hint = ""
         if wrong := re.search(r"unrecognized arguments: .*?(--[\w-]+)", message):
             hint = did_you_mean(wrong[1], self._option_string_actions)
+        elif (wrong := re.search("unrecognized arguments: (.*)", message)) and os.path.exists(wrong[1]):
+            hint = f". Did you mean --dataset {wrong[1]}?"
         elif wrong := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
             hint = did_you_mean(wrong[1], re.findall(r"\w+", wrong[2]))
         raise UserError(f"{message}{hint or '.'} See {self.prog} --help")

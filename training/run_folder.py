@@ -27,6 +27,8 @@ def require_stopped(folder: Path) -> None:
     require_folder(folder, FOLDER, "newest run to resume")
     if not any(os.path.exists(folder / name) for name in ("results.json", FOLDER)):
         refuse_several(folder, FOLDER)
+        if runs_in(folder, "results.json"):
+            raise UserError(f"the runs in {folder} have ended. There is nothing to resume")
 
 
 def require_folder(folder: Path, mark: str, what: str) -> None:
@@ -35,7 +37,12 @@ def require_folder(folder: Path, mark: str, what: str) -> None:
     kind = f"{folder} is not a folder" if os.path.lexists(folder) else f"there is no folder {folder}"
     runs = runs_in(RUNS, mark)
     newest = f" The {what} is {runs[-1]}" if runs else " Name one that train.py wrote"
-    raise UserError(f"{kind}{nearest(folder) or '.'}{newest}")
+    raise UserError(f"{kind}{run_around(folder) or nearest(folder) or '.'}{newest}")
+
+
+def run_around(path: Path) -> str:
+    """The end of an error message about a part of a run, such as RUN/adapter, where the run itself is needed."""
+    return f". Did you mean {path.parent}?" if os.path.exists(path.parent / "results.json") and os.path.lexists(path) else ""
 
 
 def refuse_several(folder: Path, mark: str) -> None:

@@ -608,7 +608,7 @@ def test_an_empty_name_is_refused_and_not_taken_for_the_default(capsys, tmp_path
     [
         ("file", "exists and is not an empty folder: name another folder, or move it away"),
         ("full", "exists and is not an empty folder: name another folder, or move it away"),
-        ("file/below", "file is not a folder. Name another one"),
+        ("file/below", "cannot be written: Not a directory"),
         pytest.param("x" * 300, "cannot be written: File name too long", id="long"),
     ],
 )
