@@ -67,15 +67,15 @@ def read_mistakes(folder: Path, results: dict[str, Any]) -> list[dict[str, Any]]
     lines = [row.fields for row in read_rows(path, ["text"], "label", labelled=True)]
     try:
         pairs = [(numbers[line["label"]], numbers[line["predicted"]]) for line in lines]
-        mistakes = sorted(
-            (line for line in lines if line["label"] != line["predicted"]), key=lambda line: -float(line["score"])
-        )
+        if not all(0 <= line["score"] <= 1 for line in lines):
+            raise ValueError("a score is not between 0 and 1")
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error!r})") from error
     true, predicted = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
     if confusion_matrix(true, predicted, len(numbers)).tolist() != results["after"]["confusion_matrix"]:
         raise UserError(f"{path} does not belong to results.json: its predictions give another confusion matrix")
-    return mistakes
+    wrong = [line for line in lines if line["label"] != line["predicted"]]
+    return sorted(wrong, key=lambda line: -line["score"])
 
 
 def read_geometry(folder: Path, results: dict[str, Any]) -> Layers:

@@ -20,6 +20,7 @@ MOST_CLASSES = 40  # in a confusion matrix; of more, the most frequent confusion
 FEW = 0.6  # of r: if the effective rank is less, a smaller r is worth a try
 DIRECTIONS = 8  # the most that are compared in each layer
 NOT_LISTED = {"model", "dataset", "revision", "resume", "checkpoint_every", "output_dir", "merged_output", "dtype", "device"}
+NOT_LISTED |= {"quiet", "tensorboard"}
 
 
 def report_page(folder: Path, against: Path | None) -> str:

@@ -339,7 +339,7 @@ def test_damaged_predictions_are_not_listed(runs, tmp_path):
         ({"predicted": "Nobody"}, "is damaged"),
         ({"predicted": ["World"]}, "is damaged"),
         ({"label": None}, "is damaged"),
-        ({"score": None}, "is damaged"),
+        *(({"score": score}, "is damaged") for score in (None, "0.5", math.nan, 10**400, -1)),
         ({"text": 1}, "line 1: the text 1 is not a string"),
     ]
     for changes, why in damages:
