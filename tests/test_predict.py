@@ -201,7 +201,7 @@ def test_what_the_user_can_mend_is_one_line_and_status_2(whole_run, capsys, tmp_
     assert "is not an adapter" in refused(capsys, tmp_path, "A text.")
     assert "--max-length is 513" in refused(capsys, whole_run[0], "A text.", "--max-length", 513)
     assert "cannot be read" in refused(capsys, whole_run[0], "--input", tmp_path / "none.txt")
-    assert "--device is gpu" in refused(capsys, whole_run[0], "A text.", "--device", "gpu")
+    assert "--device: invalid choice: 'gpu'" in refused(capsys, whole_run[0], "A text.", "--device", "gpu")
     assert "unrecognized" in refused(capsys, whole_run[0], "--frobnicate")
 
 
