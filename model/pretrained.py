@@ -113,8 +113,10 @@ def load_config(name_or_path: str, revision: str | None = None) -> DistilBertCon
 
 def outline(config: DistilBertConfig) -> DistilBertForSequenceClassification:
     """A network with all the layers, by name, but tiny ones."""
+    n_layers = min(config.n_layers, MOST_OUTLINED)
+    tiny = DistilBertConfig(vocab_size=2, max_position_embeddings=3, dim=2, n_layers=n_layers, n_heads=1, hidden_dim=2)
     with no_init_weights():
-        return DistilBertForSequenceClassification(DistilBertConfig(2, 3, 2, min(config.n_layers, MOST_OUTLINED), 1, 2))
+        return DistilBertForSequenceClassification(tiny)
 
 
 def resolve_revision(name_or_path: str, revision: str | None = None) -> str | None:

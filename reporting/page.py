@@ -6,7 +6,7 @@ Titles, captions and bodies are HTML of our own. Everything else (class names, o
 from html import escape
 from typing import Any
 
-MAX_CHARACTERS = 320  # of a text
+MAX_CHARACTERS = 300  # of a text; a run saves some more, so that a text that it has cut ends in an ellipsis
 MAX_HEADS = 32  # characters in the heads of the confusion matrix, all together
 
 CSS = """

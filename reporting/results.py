@@ -61,7 +61,7 @@ def read_mistakes(folder: Path, results: dict[str, Any]) -> list[dict[str, Any]]
     Raises UserError if the file is missing or damaged, or is not of this run.
     """
     path = folder / "predictions.jsonl"
-    if not path.exists():
+    if not path.is_file():
         raise UserError(f"{path} is missing: a run of an older version has none")
     numbers = {name: number for number, name in enumerate(class_names(results))}
     lines = [row.fields for row in read_rows(path, ["text"], "label", labelled=True)]

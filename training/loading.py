@@ -27,7 +27,7 @@ from training.data_summary import describe_data
 from training.evaluation import Examples
 from training.options import DEFAULT_DATASET, DEFAULT_MODEL, EMBEDDED_DATASET, EMBEDDED_MODEL, Options
 
-SHOWN = 320  # characters of a test text, to recognise it by in predictions.jsonl and in a report
+SHOWN = 320  # characters of a test text, to recognise it by in predictions.jsonl
 MOST_CLASSES = 1000  # the confusion matrix is written in full; more are nearly always numbers of rows, or the texts themselves
 
 
