@@ -22,7 +22,7 @@ from data import load_dataset
 from lora import PeftModel
 from model import DistilBertConfig, DistilBertForSequenceClassification, load_pretrained, save_pretrained
 from model.pretrained import EMBEDDED_SHA256
-from reporting.results import find_mistakes
+from reporting.results import read_mistakes
 from train import main
 from training.device import DTYPES, cast_frozen_matrices, choose_device, choose_dtype, peak_memory_mb, time_products
 from training.evaluation import confusion_matrix, macro_f1
@@ -77,7 +77,7 @@ def test_a_file_sorted_by_class_trains_and_tests_both_classes(tmp_path, small_mo
     assert counts in out[: out.index("trainable params")]
     results = json.loads((run / "results.json").read_text())
     assert None not in results["after"]["per_class_f1"].values()
-    find_mistakes(run, results)  # raises if the data is not what was trained on
+    read_mistakes(run, results)  # raises if the predictions are not those of the matrix
 
 
 def test_the_learning_rate_rises_and_falls_linearly():
