@@ -208,7 +208,7 @@ def test_the_report_of_a_run_without_lora_says_so(runs, method, said, tmp_path):
     assert said in page
     assert f"--method {method}</h1>" in page
     assert "Labelled wrong: " in page
-    assert page.count("<figure>") == 2
+    assert page.count("<figure>") == 3  # the matrix, the classes, the curves
 
 
 # The model card
