@@ -1,18 +1,31 @@
 """UserError, the one class of error for what the user can fix, and how the command line reports it."""
-# ruff: noqa: F401 - the names of lora.errors are imported for the other folders
 
 import contextlib
+import difflib
 import errno
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TextIO
 
-from lora.errors import UserError, did_you_mean, most_like
+from lora.errors import UserError
 
 # the errors of the system that come from names, permissions and devices, not from this program
 ENVIRONMENT = errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOSPC, errno.EROFS, errno.EIO, errno.EMFILE
+
+
+def most_like(word: str, known: Iterable[str]) -> str | None:
+    """The known word that a mistyped one most likely stands for, if there is one."""
+    by_lower_case = {other.lower(): other for other in known}
+    close = difflib.get_close_matches(word.lower(), by_lower_case, 1, 0.7)
+    return by_lower_case[close[0]] if close else None
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of an error message about a mistyped word. Empty if no known word is like it."""
+    close = most_like(word, known)
+    return f". Did you mean {close}?" if close else ""
 
 
 class HubUnreachable(UserError):

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from lora.config import HEADS, NO_TARGETS, LoraConfig
-from lora.errors import UserError, did_you_mean
+from lora.errors import UserError
 
 # for a model_type, if target_modules is None: as in peft, which has none for distilbert
 USUAL_TARGETS = {kind: ["query", "value"] for kind in ("bert", "roberta", "xlm-roberta", "electra")}
@@ -36,15 +36,11 @@ def find_targets(model: nn.Module, config: LoraConfig, head: list[str], strict: 
         names = [name for name in linear if modules[name] is not output]
     else:
         names = _named(modules, wanted, "target_modules")
-    known = {end for name in modules for end in _ends(name)}
     if not (names := _in_layers(names, wanted, config)):
         where = "" if config.layers_to_transform is None else f". layers_to_transform is {config.layers_to_transform}"
-        hint = did_you_mean(wanted[0] if isinstance(wanted, list) else wanted, [*known, "all-linear"])
-        choices = f"Choose from: {_last_parts(linear)}{hint}"
-        raise UserError(f"Target modules {wanted!r} not found in the base model{where}. {choices}")
-    if strict and isinstance(wanted, list) and (unknown := set(wanted) - known):
-        choices = f"Choose from: {_last_parts(linear)}{did_you_mean(min(unknown), known)}"
-        raise UserError(f"target_modules: no layer is named {min(unknown)!r}. {choices}")
+        raise UserError(f"Target modules {wanted!r} not found in the base model{where}. Choose from: {_last_parts(linear)}")
+    if strict and isinstance(wanted, list) and (unknown := set(wanted).difference(*map(_ends, modules))):
+        raise UserError(f"target_modules: no layer is named {min(unknown)!r}. Choose from: {_last_parts(linear)}")
     excluded = _named(names, config.exclude_modules or [], "exclude_modules")
     if strict and config.exclude_modules and not excluded:
         warnings.warn(f"You have passed exclude_modules={config.exclude_modules!r}, but no modules were excluded", stacklevel=2)

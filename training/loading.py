@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from common.errors import HubUnreachable, UserError
+from common.errors import HubUnreachable, UserError, did_you_mean
 from data import Dataset, load_dataset, tokenize
 from lora import LoraConfig
 from lora.targets import find_head, find_targets
@@ -136,7 +136,13 @@ def require_fit(options: Options, model: str, config: DistilBertConfig) -> None:
         raise UserError(f"--r is {options.r}, but the weights of {model} have rank {config.dim} at most")
     if lora_config := options.lora_config(model, options.revision):
         network = outline(config)
-        find_targets(network, lora_config, find_head(network, lora_config))
+        try:
+            find_targets(network, lora_config, find_head(network, lora_config))
+        except UserError as error:
+            parts = [name.split(".") for name, _ in network.named_modules()]
+            known = {".".join(words[start:]) for words in parts for start in range(len(words))} | {"all-linear"}
+            unknown = [name for name in options.target_modules if name not in known]
+            raise UserError(f"{error}{did_you_mean(unknown[0], known) if unknown else ''}") from error
 
 
 def load_data(name: str, options: Options, revision: str | None) -> Dataset:
