@@ -32,14 +32,14 @@ from data import micro_batches, training_batches
 from lora import get_peft_model, print_trainable_parameters
 from lora.files import make_folder
 from training.artifacts import Metrics, check_outputs, save_run, summary
-from training.checkpoint import Checkpoint, Checkpoints, fingerprint, read_newest, trained_parameters
+from training.checkpoint import Checkpoint, Checkpoints, fingerprint, read_newest
 from training.data_summary import describe_scores
 from training.device import DTYPES, cast_frozen_matrices, choose_device, choose_dtype, dtype_name, peak_memory_mb
 from training.distributed import Distributed
 from training.evaluation import Examples, ModelRunner, confusion_matrix, evaluate, macro_f1, predict, progress_bar, scores
 from training.fast_cpu import limit_caches
 from training.loading import load_inputs
-from training.optimizer import lr_multiplier, parameter_groups
+from training.optimizer import lr_multiplier, parameter_groups, trained_parameters
 from training.options import Options, parse
 from training.plan import describe_plan, loss_function, plan
 from training.run_folder import require_stopped
@@ -208,7 +208,7 @@ def train(
                         **scored,
                     )
             if stop_signal or is_last or checkpoints.due(step):
-                checkpoints.save(step, model, optimizer, time.perf_counter() - started, losses, validation)
+                checkpoints.save(step, time.perf_counter() - started, losses)
             if stop_signal:
                 signals.stop(stop_signal)
 

@@ -40,7 +40,7 @@ class FileNotOnHub(UserError):
     """The repository has no such file."""
 
 
-class Stopped(Exception):
+class Stopped(KeyboardInterrupt):
     """A signal ended the program. The command line prints the message and exits with 128 + the signal's number."""
 
     def __init__(self, message: str, signal: int):
@@ -101,21 +101,16 @@ def run_cli(program: str, run: Callable[[], object], needs_output: bool = True) 
     except UserError as error:
         print(f"{program}:", " ".join(str(error).splitlines()), file=sys.stderr)
         return 2
-    except Stopped as stopped:
-        print(f"{program}: {stopped}", file=sys.stderr)
-        return 128 + stopped.signal
-    except KeyboardInterrupt:
-        print(f"{program}: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stopped:  # Ctrl-C, or Stopped
+        print(f"{program}: {str(stopped) or 'interrupted'}", file=sys.stderr)
+        return 128 + getattr(stopped, "signal", signal.SIGINT)
     except OSError as error:
-        if error is not output.error:
-            if error.errno not in ENVIRONMENT:
-                raise
-            print(f"{program}: {error.filename or 'a file'}: {error.strerror}. Mend that, or name another one", file=sys.stderr)
-            return 2
-        if isinstance(error, BrokenPipeError):  # as after `| head`, which needs no more
+        if error is output.error and isinstance(error, BrokenPipeError):  # as after `| head`, which needs no more
             return 0
-        print(f"{program}: standard output cannot be written: {error.strerror}", file=sys.stderr)
+        if error is not output.error and error.errno not in ENVIRONMENT:
+            raise
+        where = "standard output" if error is output.error else error.filename or "a file"
+        print(f"{program}: {where}: {error.strerror}. Mend that, or name another one", file=sys.stderr)
         return 2
     finally:
         output.needed = False

@@ -41,7 +41,7 @@ def new_folder(folder: Path | str) -> Iterator[Path]:
     temporary = partial_name(final)
     with writing(folder):
         final.parent.mkdir(parents=True, exist_ok=True)
-        for path in partials_of(final):
+        for path in partials(final.parent, glob.escape(final.name[:40])):
             with contextlib.suppress(OSError, UserError), locked(path):  # not if its process lives
                 shutil.rmtree(path)
         temporary.mkdir()
@@ -80,9 +80,9 @@ def new_file(path: Path) -> Iterator[TextIO]:
         yield file
 
 
-def partials_of(path: Path) -> list[Path]:
-    """The temporary files and folders of processes that are writing `path`, or were killed while they wrote it."""
-    return [other for other in path.parent.glob(f".{glob.escape(path.name[:40])}.*") if PARTIAL.fullmatch(other.name)]
+def partials(folder: Path, pattern: str) -> list[Path]:
+    """What processes that write files or folders of such names have there, or left there when they were killed."""
+    return [path for path in folder.glob(f".{pattern}.*") if PARTIAL.fullmatch(path.name)]
 
 
 def nearest(path: Path) -> str:

@@ -68,13 +68,11 @@ def hub_file(repo_id: str, filename: str, revision: str | None = None, repo_type
             return Path(cached)
         if cached is not None:  # the cache remembers that there is none
             raise errors.EntryNotFoundError("in the cache")
-    except errors.HFValidationError:
-        raise NotOnHub(f"{repo_id!r} is neither a folder nor the name of a {kind} on the hub: check the spelling") from None
     except errors.RevisionNotFoundError:
         raise UserError(f"the {kind} {repo_id} has no revision {revision!r} on the hub: check the spelling") from None
     except errors.GatedRepoError:
         raise UserError(f"the {kind} {repo_id} is gated: ask for access on its page, then run 'hf auth login'") from None
-    except errors.RepositoryNotFoundError:
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
         raise NotOnHub(f"there is no {kind} {repo_id!r}, neither as a folder here nor on {constants.ENDPOINT}") from None
     except errors.LocalEntryNotFoundError as error:
         raise UserError(f"the hub did not deliver {filename} of {repo_id} ({_reason(error)}): try again") from error

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 
 from lora import LoraConfig, LoRALinear, PeftModel, get_peft_model
 from training.checkpoint import Checkpoints
+from training.distributed import Distributed
+from training.evaluation import ModelRunner
+from training.validation import Validation
 
 Q_V = ["q_lin", "v_lin"]
 
@@ -85,6 +89,19 @@ def adamw_after_a_step(model: torch.nn.Module) -> torch.optim.AdamW:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     return optimizer
+
+
+def unvalidated(model: nn.Module) -> Validation:
+    """Of a run without a validation part."""
+    return Validation(ModelRunner(model, torch.device("cpu"), torch.float32), None, 2, Distributed(), None)
+
+
+def begun(run: Path, model: nn.Module | None = None, metadata: dict[str, Any] | None = None) -> Checkpoints:
+    """The checkpoints of a run that has begun: that of step 0 is written."""
+    model = model or nn.Linear(2, 2)
+    checkpoints = Checkpoints(run, 1, metadata or {}, write=True)
+    checkpoints.begin(model, adamw_after_a_step(model), unvalidated(model))
+    return checkpoints
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:

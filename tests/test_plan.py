@@ -162,9 +162,9 @@ def test_the_best_state_is_kept(whole, words, tmp_path):
     states = {}
     save = Checkpoints.save
 
-    def note(self, step, model, *rest):
-        states[step] = {name: p.detach().clone() for name, p in trainable(model).items()}
-        save(self, step, model, *rest)
+    def note(self, step, *rest):
+        states[step] = {name: p.detach().clone() for name, p in trainable(self.state[0]).items()}
+        save(self, step, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Checkpoints, "save", note)

@@ -1,6 +1,5 @@
 """What a run leaves in its folder: metrics while it trains; at the end an adapter or a model, predictions, and results.json."""
 
-import contextlib
 import dataclasses
 import json
 import platform
@@ -28,7 +27,7 @@ from data import evaluation_batches
 from lora import PeftModel, count_parameters
 from model import DistilBertForSequenceClassification, load_pretrained, save_pretrained, write_model, write_tokenizer
 from training.checkpoint import FOLDER as CHECKPOINTS
-from training.checkpoint import Checkpoints, own_files
+from training.checkpoint import Checkpoints, remove_checkpoints
 from training.device import cast_frozen_matrices
 from training.evaluation import ModelRunner, Predictions
 from training.loading import Inputs
@@ -143,10 +142,7 @@ def save_run(
         save_pretrained(merged, inputs.tokenizer, options.merged_output, inputs.label_names, options.max_length)
     write_file(checkpoints.path("predictions.jsonl"), predictions_jsonl(predictions, inputs))
     write_file(checkpoints.path("results.json"), json.dumps(results, indent=2).encode() + b"\n")
-    with contextlib.suppress(OSError, UserError):  # what others put there stays
-        for path in own_files(checkpoints.path(".")):
-            path.unlink()
-        (run / CHECKPOINTS).rmdir()
+    remove_checkpoints(checkpoints.path("."))
     equal = "equal logits" if difference == 0 else f"logits equal to within {difference:.0e}"
     print(f"saved {run}/results.json, metrics.jsonl, predictions.jsonl and {folder.name} (reloaded: {equal})")
     if options.merged_output is not None:

@@ -16,22 +16,23 @@ import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from common.errors import UserError
-from common.files import PARTIAL, locked, partials_of, read_safetensors, refuse_to_overwrite, write_file, writing
+from common.files import locked, partials, read_safetensors, refuse_to_overwrite, write_file, writing
+from training.optimizer import trained_parameters
 from training.options import Options, flag
-
-if TYPE_CHECKING:
-    from training.validation import Validation
+from training.validation import Validation
 
 FOLDER, NAME = "checkpoints", re.compile(r"step-\d{8}\.safetensors")
 KEEP = 2
-STATE = ("step", "exp_avg", "exp_avg_sq", "best")  # for each parameter: torch.optim.AdamW's, and the value of the best look
+# of each parameter: its value, the state of torch.optim.AdamW, and the value of the best look
+STATE = {"", "step", "exp_avg", "exp_avg_sq", "best"}
 INTERVAL = 30.0  # seconds between two checkpoints without --checkpoint-every ...
 SHARE = 0.01  # ... or longer, so that they take at most this share of the run time
 # options that do not affect the result, so that they may differ after a resume
@@ -80,24 +81,22 @@ class Checkpoint:
             if value != self.fingerprint.get(key):
                 raise UserError(f"{key} has changed since the run in {self.run} began. Start a new run")
 
-    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, validation: "Validation | None" = None) -> None:
-        """Put trained parameters, optimizer and validation back. Raises UserError if the parameters are not these."""
+    def restore(self, model: nn.Module, optimizer: Optimizer, validation: Validation) -> None:
+        """Put trained parameters, optimizer and validation back. Raises UserError if this is not the state of such a run."""
         parameters = trained_parameters(model)
-        own = {key: tensor for key, tensor in self.tensors.items() if "/" not in key}
-        if {name: p.shape for name, p in parameters.items()} != {name: tensor.shape for name, tensor in own.items()}:
-            raise UserError(f"{self.path} holds other parameters than this run trains. Start a new run")
-        state = self.tensors.keys() - own.keys()
-        if {key.rpartition("/")[2] for key in state} - set(STATE):
+        saved = {key.partition("/")[::2]: tensor for key, tensor in self.tensors.items()}  # by name and kind
+        shapes = {name: tensor.shape for (name, kind), tensor in saved.items() if not kind}
+        if shapes != {name: p.shape for name, p in parameters.items()} or {kind for _, kind in saved} - STATE:
             raise UserError(f"{self.path} comes from another version of this program. Start a new run")
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(own[name])
-        for key in state:
-            name, _, kind = key.rpartition("/")
-            values: Any = validation.best if kind == "best" and validation else optimizer.state[parameters[name]]
-            values[name if kind == "best" else kind] = self.tensors[key].to(parameters[name].device, copy=True)
-        if validation:
-            validation.looks = [(step, score) for step, score in self.looks]
+        for (name, kind), tensor in saved.items():
+            parameter = parameters[name]
+            if not kind:
+                parameter.data.copy_(tensor)
+            elif kind == "best":
+                validation.best[name] = tensor.to(parameter.device, copy=True)
+            else:
+                optimizer.state[parameter][kind] = tensor.to(parameter.device, copy=True)
+        validation.looks = [(step, score) for step, score in self.looks]
 
 
 class Checkpoints:
@@ -116,24 +115,28 @@ class Checkpoints:
             return step % self.every == 0
         return time.monotonic() - self.last > max(INTERVAL, self.cost / SHARE)
 
-    def save(
-        self,
-        step: int,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        seconds: float,
-        losses: list[float],
-        validation: "Validation | None" = None,
-    ) -> None:
+    def begin(self, model: nn.Module, optimizer: Optimizer, validation: Validation) -> tuple[int, float, list[float]]:
+        """Start the run, or restore it. Returns its steps so far, their seconds, and the losses not yet in the metrics.
+
+        Raises UserError if another process uses the folder, or if what the run did after the checkpoint cannot be undone.
+        """
+        self.state = model, optimizer, validation
+        if self.resume_from is None:
+            self.clean(0)
+            self.save(0, 0.0, [])
+            return 0, 0.0, []
+        self.resume_from.restore(*self.state)
+        self.clean(self.resume_from.step)
+        return self.resume_from.step, self.resume_from.seconds, list(self.resume_from.losses)
+
+    def save(self, step: int, seconds: float, losses: list[float]) -> None:
         """Write a checkpoint, whole or not at all, then remove the oldest. Raises UserError if it cannot be written."""
         if not self.write:
             return
         start = time.monotonic()
-        best = {f"{name}/best": tensor for name, tensor in validation.best.items()} if validation else {}
-        everything = state_tensors(model, optimizer) | best
-        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in everything.items()}
-        looks = {"looks": validation.looks} if validation else {}
-        state = json.dumps({"step": step, "seconds": seconds, "losses": losses, **looks, **self.provenance})
+        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state_tensors(*self.state).items()}
+        now = {"step": step, "seconds": seconds, "losses": losses, "looks": self.state[2].looks}
+        state = json.dumps(self.provenance | now)
         content = safetensors.torch.save(tensors, metadata={"state": state, "sha256": sha256(state, tensors)})
         write_file(self.path(FOLDER) / f"step-{step:08}.safetensors", content)
         for old in newest_first(self.run)[KEEP:]:
@@ -141,21 +144,6 @@ class Checkpoints:
                 old.unlink()
         self.last = time.monotonic()
         self.cost = self.last - start
-
-    def begin(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, validation: "Validation | None" = None
-    ) -> tuple[int, float, list[float]]:
-        """Start the run, or restore it. Returns its steps so far, their seconds, and the losses not yet in the metrics.
-
-        Raises UserError if another process uses the folder, or if what the run did after the checkpoint cannot be undone.
-        """
-        if self.resume_from is None:
-            self.clean(0)
-            self.save(0, model, optimizer, 0.0, [])
-            return 0, 0.0, []
-        self.resume_from.restore(model, optimizer, validation)
-        self.clean(self.resume_from.step)
-        return self.resume_from.step, self.resume_from.seconds, list(self.resume_from.losses)
 
     def path(self, name: str) -> Path:
         """Where to write a file of the run. Raises UserError if its folder is no longer the one that was locked."""
@@ -175,31 +163,26 @@ class Checkpoints:
         if self.resume_from is None and step == 0:
             refuse_to_overwrite(self.run)
         try:
-            for path in own_files(self.run):
-                if path.suffix == ".partial" or path.stem > f"step-{step:08}":
-                    path.unlink()
+            remove_own_files(self.run, after=f"step-{step:08}")
         except OSError as error:
             raise UserError(f"{error.filename} cannot be removed ({error.strerror}). Move it out of the run folder") from error
 
 
-def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """All that a step changes: each trained parameter under its name, and the optimizer's state under NAME/exp_avg etc."""
+def state_tensors(model: nn.Module, optimizer: Optimizer, validation: Validation) -> dict[str, Tensor]:
+    """All that a step changes: each trained parameter under its name, and its state and best value under NAME/exp_avg etc."""
     parameters = trained_parameters(model)
     state = {f"{name}/{kind}": tensor for name, p in parameters.items() for kind, tensor in optimizer.state[p].items()}
-    return {**parameters, **state}
+    return {**parameters, **state, **{f"{name}/best": tensor for name, tensor in validation.best.items()}}
 
 
 def read_newest(run: Path) -> Checkpoint:
     """The newest undamaged checkpoint of a run. Damaged ones are named and skipped.
 
-    Raises UserError if the run has ended, or has no undamaged checkpoint.
+    Raises UserError if it has no undamaged one, or has ended. Then they are removed, in case it was killed before it did so.
     """
     paths = newest_first(run)
     if (run / "results.json").exists():
+        remove_checkpoints(run)
         raise UserError(f"the run in {run} has ended: results.json exists. There is nothing to resume")
     if not paths:
         raise UserError(f"{run} has no checkpoint to resume from. Start the run again")
@@ -223,11 +206,20 @@ def newest_first(run: Path) -> list[Path]:
         raise UserError(f"{run / FOLDER} cannot be read: {error.strerror}. Change its permissions, then try again") from error
 
 
-def own_files(run: Path) -> list[Path]:
-    """The checkpoints, and what a killed process left of any file of the run."""
-    left = [path for path in (run / FOLDER).glob(".step-*") if PARTIAL.fullmatch(path.name)]
-    written = (partials_of(run / name) for name in ("metrics.jsonl", "predictions.jsonl", "results.json"))
-    return [*newest_first(run), *left, *itertools.chain(*written)]
+def remove_own_files(run: Path, after: str = "") -> None:
+    """Remove the checkpoints after that one [all of them], and what a killed process left of any file of the run."""
+    left = [*partials(run / FOLDER, "step-*")]
+    for name in "metrics.jsonl", "predictions.jsonl", "results.json":
+        left += partials(run, name)
+    for path in [*left, *(path for path in newest_first(run) if path.stem > after)]:
+        path.unlink()
+
+
+def remove_checkpoints(run: Path) -> None:
+    """Remove what a run that has ended needs no more. What others put there stays."""
+    with contextlib.suppress(OSError, UserError):
+        remove_own_files(run)
+        (run / FOLDER).rmdir()
 
 
 def _read(path: Path) -> Checkpoint:

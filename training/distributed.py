@@ -7,6 +7,7 @@ size. The sum over the processes is the gradient of the batch. So only the gradi
 
 import os
 import re
+import socket
 import sys
 import zlib
 from collections.abc import Iterator
@@ -73,6 +74,12 @@ class Distributed:
             torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))))
         if not self.is_main:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+        main = os.environ["MASTER_ADDR"]
+        try:
+            socket.getaddrinfo(main, None)
+        except (OSError, UnicodeError) as error:  # torch would try again for LOAD_TIMEOUT
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"MASTER_ADDR is {main!r}, which cannot be found from here: {reason}. Check the name") from error
         with explain_lost_process():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=LOAD_TIMEOUT)
 

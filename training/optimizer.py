@@ -9,6 +9,10 @@ from common.errors import UserError
 HEAD = {"pre_classifier", "classifier"}  # parts of the name of a parameter
 
 
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 def parameter_groups(
     model: nn.Module, learning_rate: float, loraplus_lr_ratio: float = 1.0, head_lr_ratio: float = 1.0
 ) -> list[dict[str, Any]]:
@@ -18,12 +22,11 @@ def parameter_groups(
     times as fast as A. Raises UserError if nothing is trainable.
     """
     groups: dict[float, list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            is_B = name.endswith(".lora_B.weight")
-            is_head = bool(HEAD & set(name.split(".")))
-            ratio = loraplus_lr_ratio if is_B else head_lr_ratio if is_head else 1.0
-            groups.setdefault(learning_rate * ratio, []).append(parameter)
+    for name, parameter in trained_parameters(model).items():
+        is_B = name.endswith(".lora_B.weight")
+        is_head = bool(HEAD & set(name.split(".")))
+        ratio = loraplus_lr_ratio if is_B else head_lr_ratio if is_head else 1.0
+        groups.setdefault(learning_rate * ratio, []).append(parameter)
     if not groups:
         raise UserError("this model has no trainable parameters. Load the adapter with is_trainable=True")
     return [{"params": parameters, "lr": lr, "initial_lr": lr} for lr, parameters in groups.items()]

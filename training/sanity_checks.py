@@ -12,8 +12,9 @@ from common.errors import UserError
 from data import micro_batches
 from lora import LoRALinear, PeftModel
 from lora.modules_to_save import ModulesToSaveWrapper
-from training.checkpoint import sha256, trained_parameters
+from training.checkpoint import sha256
 from training.evaluation import Examples, ModelRunner
+from training.optimizer import trained_parameters
 from training.options import Options, flag
 
 CHECK_EXAMPLES = 8  # a few are enough

@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from training.checkpoint import trained_parameters
 from training.distributed import Distributed
 from training.evaluation import Examples, ModelRunner, evaluate, macro_f1
+from training.optimizer import trained_parameters
 
 LOOKS = 10  # at the validation part, in a whole run
 

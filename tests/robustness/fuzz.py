@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 import safetensors.torch
 import torch
-from helpers import adamw_after_a_step
+from helpers import begun
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from common.errors import UserError
@@ -38,7 +38,7 @@ from data.datasets import SAMPLE
 from lora import LoraConfig, PeftModel, get_peft_model
 from model import DistilBertConfig, DistilBertForSequenceClassification, load_pretrained, save_pretrained
 from reporting.sections import report_page
-from training.checkpoint import Checkpoints, newest_first, read_newest
+from training.checkpoint import newest_first, read_newest
 from training.evaluation import ModelRunner, compute_logits
 from training.options import Options, parse
 
@@ -174,7 +174,6 @@ def targets(root: Path) -> dict[str, Target]:
 
     run = root / "run"
     run.mkdir()
-    optimizer = adamw_after_a_step(peft)
     metadata = {
         "options": {},
         "model": "m",
@@ -185,8 +184,9 @@ def targets(root: Path) -> dict[str, Target]:
         "fingerprint": {},
         "before": [[1]],
     }
+    checkpoints = begun(run, peft, metadata)
     for step in (1, 2):
-        Checkpoints(run, 1, metadata, write=True).save(step, peft, optimizer, 0.0, [])
+        checkpoints.save(step, 0.0, [])
     newest, other = newest_first(run)
     whole = safetensors.torch.load(newest.read_bytes())  # load_file would only map the file that is about to change
 

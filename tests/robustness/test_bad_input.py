@@ -478,7 +478,7 @@ def test_a_tokenizer_that_does_not_fit_the_model_is_refused(model, change, says)
 
 
 def test_a_name_that_is_too_long_is_refused():
-    assert "neither a folder nor the name of a model on the hub" in model_refusal("x" * 300)
+    assert "neither as a folder here nor on" in model_refusal("x" * 300)
 
 
 # The command line

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from helpers import adamw_after_a_step, stop_after
+from helpers import begun, stop_after, unvalidated
 from processes import Python, python, start_ranks
 from safetensors.torch import load_file
 
@@ -320,11 +320,9 @@ def test_checkpoints_take_at_most_one_percent_of_the_time(tmp_path, monkeypatch)
 
 
 def test_two_checkpoints_are_kept(tmp_path):
-    layer = torch.nn.Linear(2, 2)
-    optimizer = adamw_after_a_step(layer)
-    checkpoints = Checkpoints(tmp_path, 1, {}, write=True)
+    checkpoints = begun(tmp_path)
     for step in range(5):
-        checkpoints.save(step, layer, optimizer, 0.0, [])
+        checkpoints.save(step, 0.0, [])
     assert [path.name for path in newest_first(tmp_path)] == ["step-00000004.safetensors", "step-00000003.safetensors"]
     assert safetensors.torch.load_file(newest_first(tmp_path)[0]).keys() == {
         *(
@@ -420,16 +418,16 @@ def test_the_state_of_another_optimizer_is_refused(killed):
     layer = torch.nn.Linear(2, 2)
     tensors = {"weight": layer.weight, "bias": layer.bias, "weight/mean": layer.weight}
     with pytest.raises(UserError, match="comes from another version of this program"):
-        dataclasses.replace(checkpoint, tensors=tensors).restore(layer, torch.optim.AdamW(layer.parameters()))
+        dataclasses.replace(checkpoint, tensors=tensors).restore(
+            layer, torch.optim.AdamW(layer.parameters()), unvalidated(layer)
+        )
 
 
 def test_files_are_flushed_before_they_replace_others(tmp_path, monkeypatch):
     happened = []
-    layer = torch.nn.Linear(2, 2)
-    optimizer = adamw_after_a_step(layer)
-    checkpoints = Checkpoints(tmp_path, 1, {}, write=True)
+    checkpoints = begun(tmp_path)
     for step in (1, 2):
-        checkpoints.save(step, layer, optimizer, 0.0, [])
+        checkpoints.save(step, 0.0, [])
     replace, fsync, unlink = os.replace, os.fsync, Path.unlink
 
     def note(what: str, do):
@@ -444,7 +442,7 @@ def test_files_are_flushed_before_they_replace_others(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", note("rename", replace))
     monkeypatch.setattr(os, "fsync", note("flush", fsync))
     monkeypatch.setattr(Path, "unlink", note("remove", unlink))
-    checkpoints.save(3, layer, optimizer, 0.0, [])
+    checkpoints.save(3, 0.0, [])
     partial = ".step-00000003.safetensors.partial"
     assert [(what, name) for what, name in happened if (what, name) != ("remove", partial)] == [
         ("flush", partial),

@@ -11,7 +11,7 @@ from processes import python
 
 ROOT = Path(__file__).parents[2]
 FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
-NO_SPACE = "standard output cannot be written: No space left on device"
+NO_SPACE = "standard output: No space left on device"
 
 
 def train(model: Path, run: Path, redirection: str, *more: str) -> subprocess.CompletedProcess:

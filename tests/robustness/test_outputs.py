@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import adamw_after_a_step
+from helpers import begun
 
 import compare
 import predict
@@ -207,10 +207,9 @@ def test_what_a_killed_writer_of_a_folder_left_is_removed_by_the_next_one(tmp_pa
 
 def checkpoints_of(run: Path, *steps: int) -> Checkpoints:
     run.mkdir(exist_ok=True)
-    checkpoints, layer = Checkpoints(run, 1, {}, write=True), torch.nn.Linear(2, 2)
-    checkpoints.clean(0)
+    checkpoints = begun(run)
     for step in steps:
-        checkpoints.save(step, layer, adamw_after_a_step(layer), 0.0, [])
+        checkpoints.save(step, 0.0, [])
     return checkpoints
 
 
@@ -230,14 +229,14 @@ def test_a_resumed_run_removes_only_what_it_made(tmp_path):
 
 
 def test_a_run_that_begins_again_from_its_first_checkpoint_has_no_metrics_twice(tmp_path):
-    checkpoints = checkpoints_of(tmp_path, 0)
+    checkpoints = checkpoints_of(tmp_path)
     Metrics(checkpoints, 0, tensorboard=False).write(10, loss=1.0)
     Metrics(checkpoints, 0, tensorboard=False).write(10, loss=1.0)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 10, "loss": 1.0}\n'
 
 
 def test_a_run_does_not_write_into_another_that_took_its_place(tmp_path):
-    run, layer = tmp_path / "run", torch.nn.Linear(2, 2)
+    run = tmp_path / "run"
     paused = checkpoints_of(run, 1, 2)
     metrics = Metrics(paused, 0, tensorboard=False)
     metrics.write(1)
@@ -246,7 +245,7 @@ def test_a_run_does_not_write_into_another_that_took_its_place(tmp_path):
     before = sorted(run.rglob("*"))
     for write in (
         lambda: metrics.write(2),
-        lambda: paused.save(5, layer, adamw_after_a_step(layer), 0.0, []),
+        lambda: paused.save(5, 0.0, []),
         lambda: paused.path("adapter"),
     ):
         with pytest.raises(UserError, match="its folder was removed, and this is another one"):
@@ -259,7 +258,7 @@ def test_a_new_run_does_not_take_over_the_checkpoints_of_another(tmp_path):
     checkpoints_of(tmp_path, 1)
     with pytest.raises(UserError, match="exists and is not an empty folder"):
         checkpoints_of(tmp_path)
-    assert len(newest_first(tmp_path)) == 1
+    assert newest_first(tmp_path)[0].stem == "step-00000001"
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_is_begun_again(tmp_path):
@@ -269,10 +268,20 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_is_begun_again(tmp_pa
     with pytest.raises(UserError, match="has no checkpoint to resume from"):
         read_newest(tmp_path / "run")
     check_outputs(tmp_path / "run", Options(), new=True)
-    checkpoints_of(tmp_path / "run", 0)
+    checkpoints_of(tmp_path / "run")
     assert not left.exists()
     with pytest.raises(UserError, match="exists and is not an empty folder"):
         check_outputs(tmp_path / "run", Options(), new=True)
+
+
+def test_checkpoints_of_a_run_that_was_killed_after_its_results_are_removed_by_a_resume(tmp_path):
+    checkpoints_of(tmp_path, 1, 2)
+    others = [tmp_path / "checkpoints" / "a", tmp_path / "results.json"]
+    for path in [*others, tmp_path / "checkpoints" / LEFT.format("step-00000003.safetensors")]:
+        path.write_text("{}")
+    with pytest.raises(UserError, match=r"has ended: results\.json exists"):
+        read_newest(tmp_path)
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == others
 
 
 def test_a_checkpoint_that_may_not_be_read_is_neither_skipped_nor_removed(tmp_path, monkeypatch):
@@ -335,6 +344,15 @@ def test_a_model_card_can_be_read_whatever_the_name_of_the_model(name, is_folder
 
 
 # Processes
+
+
+@pytest.mark.parametrize("name", ["no.such.host.invalid", "x" * 70 + ".org", "300.1.1.1", "a b"])
+def test_a_main_process_on_a_machine_that_cannot_be_found_is_refused_at_once(name, monkeypatch):
+    for variable, value in zip(VARIABLES, ("1", "2", "0", "1", "29500", name), strict=True):
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda *arguments, **options: pytest.fail("waits"))
+    with pytest.raises(UserError, match=r"MASTER_ADDR is .* cannot be found from here"):
+        Distributed().join(torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import numpy as np
 import safetensors.torch
 import torch
 from fuzz import mutate, tiny_tokenizer
-from helpers import adamw_after_a_step
+from helpers import begun
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score
@@ -24,7 +24,7 @@ from torch import nn
 from common.errors import UserError
 from data import TokenizedTexts, evaluation_batches, load_dataset, micro_batches, pad, read_texts, tokenize, training_batches
 from lora import LoraConfig, PeftModel, get_peft_model
-from training.checkpoint import Checkpoints, newest_first, read_newest
+from training.checkpoint import newest_first, read_newest
 from training.distributed import Distributed
 from training.evaluation import confusion_matrix, f1_per_class, macro_f1
 from training.fast_cpu import dropout
@@ -211,10 +211,9 @@ def whole() -> tuple[bytes, bytes, bytes, dict]:
     model = get_peft_model(Net([4, 3], 2), LoraConfig(r=2, target_modules="all-linear"))
     with folder() as root:
         model.save_pretrained(root)
-        optimizer = adamw_after_a_step(model)
         metadata = {name: {} for name in ("options", "fingerprint")} | {"before": [[1]], "commit": None, "processes": 1}
         metadata |= dict.fromkeys(("model", "dataset", "notice"), "")
-        Checkpoints(root, 1, metadata, write=True).save(7, model, optimizer, 0.0, [])
+        begun(root, model, metadata).save(7, 0.0, [])
         files = [root / "adapter_model.safetensors", root / "adapter_config.json", newest_first(root)[0]]
         contents = [path.read_bytes() for path in files]
     return *contents, safetensors.torch.load(contents[2])
