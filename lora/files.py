@@ -107,20 +107,29 @@ def write_file(path: Path, content: bytes) -> None:
     """
     file = resolve(path)
     with writing(path):
-        if (file.exists() and not file.is_file()) or os.path.abspath(path).startswith(("/dev/", "/proc/")):
+        if is_special(path):
             with open(path, "ab") as opened:
                 opened.write(content)
             return
         file.parent.mkdir(exist_ok=True)
-        with replacing(file) as temporary:
+        with replacing(path) as temporary:
             temporary.write_bytes(content)
             with contextlib.suppress(FileNotFoundError):
-                shutil.copymode(path, temporary)  # not `file`: this fails for a loop of links
+                shutil.copymode(file, temporary)
+
+
+def is_special(path: Path) -> bool:
+    """Whether there is something that no file may replace: a device, a pipe, a loop of links, or what the shell has opened."""
+    is_opened = os.path.abspath(path).startswith(("/dev/std", "/dev/fd/", "/proc/"))
+    return is_opened or (os.path.lexists(resolve(path)) and not path.is_file())
 
 
 @contextlib.contextmanager
-def replacing(file: Path) -> Iterator[Path]:
-    """The block writes a temporary file beside `file`, which is then flushed to disk and takes its place."""
+def replacing(path: Path) -> Iterator[Path]:
+    """The block writes a temporary file, which is flushed to disk and takes the place of `path`, or of what it links to."""
+    if is_special(path):
+        raise UserError(f"{path} is not a file. Name another one")
+    file = resolve(path)
     temporary = partial_name(file)
     try:
         yield temporary

@@ -99,6 +99,7 @@ def unvalidated(model: nn.Module) -> Validation:
 def begun(run: Path, model: nn.Module | None = None, metadata: dict[str, Any] | None = None) -> Checkpoints:
     """The checkpoints of a run that has begun: that of step 0 is written."""
     model = model or nn.Linear(2, 2)
+    run.mkdir(exist_ok=True)
     checkpoints = Checkpoints(run, 1, metadata or {}, write=True)
     checkpoints.begin(model, adamw_after_a_step(model), unvalidated(model))
     return checkpoints

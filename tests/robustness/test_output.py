@@ -63,4 +63,4 @@ def test_labels_that_cannot_be_written_end_in_one_line(whole_run, tmp_path, coun
     assert done.returncode == 2
     arithmetic, refusal = done.stderr.splitlines()
     assert arithmetic.startswith("arithmetic in ")
-    assert refusal == f"predict.py: {NO_SPACE}"
+    assert refusal == f"predict.py: {NO_SPACE}. Mend that, or name another one"

@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -80,6 +81,16 @@ def test_what_the_shell_has_opened_is_written_to_and_not_replaced(run, tmp_path)
         new_file(Path(f"/dev/fd/{log.fileno()}")),
     ):
         pass
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs Linux")
+def test_a_file_in_dev_shm_is_a_file():
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        for page in (b"first", b"second"):
+            write_file(Path(folder) / "new" / "page", page)
+        with new_file(Path(folder) / "labels") as file:
+            file.write("x")
+        assert files(Path(folder)) == {"new/page": "second", "labels": "x"}
 
 
 @pytest.mark.parametrize(
@@ -206,7 +217,6 @@ def test_what_a_killed_writer_of_a_folder_left_is_removed_by_the_next_one(tmp_pa
 
 
 def checkpoints_of(run: Path, *steps: int) -> Checkpoints:
-    run.mkdir(exist_ok=True)
     checkpoints = begun(run)
     for step in steps:
         checkpoints.save(step, 0.0, [])

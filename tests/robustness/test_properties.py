@@ -213,8 +213,8 @@ def whole() -> tuple[bytes, bytes, bytes, dict]:
         model.save_pretrained(root)
         metadata = {name: {} for name in ("options", "fingerprint")} | {"before": [[1]], "commit": None, "processes": 1}
         metadata |= dict.fromkeys(("model", "dataset", "notice"), "")
-        begun(root, model, metadata).save(7, 0.0, [])
-        files = [root / "adapter_model.safetensors", root / "adapter_config.json", newest_first(root)[0]]
+        begun(root / "run", model, metadata).save(7, 0.0, [])
+        files = [root / "adapter_model.safetensors", root / "adapter_config.json", newest_first(root / "run")[0]]
         contents = [path.read_bytes() for path in files]
     return *contents, safetensors.torch.load(contents[2])
 
