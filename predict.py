@@ -109,7 +109,8 @@ def run(arguments: list[str] | None) -> None:
 def text_columns(folder: Path, source: Path | None) -> list[str]:
     """The columns of text that the run was trained on, if `source` is a table and the run says some."""
     options = {} if source is None or source.suffix.lower() in TEXTS else run_results(folder).get("options")
-    return list(options.get("text_column") or []) if isinstance(options, dict) else []
+    columns = options.get("text_column") if isinstance(options, dict) else None
+    return [column for column in columns if isinstance(column, str)] if isinstance(columns, list) else []
 
 
 def print_scores(answer: dict[str, Any]) -> None:

@@ -96,6 +96,7 @@ def make_folder(folder: Path | str) -> Path:
     """Create a folder, and its parents, if it does not exist. Raises UserError if that fails."""
     with writing(folder):
         resolve(folder).mkdir(parents=True, exist_ok=True)
+        Path(folder).stat()  # fails for a/../b where there is no a
     return Path(folder)
 
 

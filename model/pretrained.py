@@ -130,7 +130,9 @@ def read_model_config(name_or_path: str, revision: str | None = None) -> dict[st
 
 
 def weights_sha256(name_or_path: str, revision: str | None = None) -> str:
-    return sha256_of_file(_locate(name_or_path, revision)[2])
+    weights_file = _locate(name_or_path, revision)[2]
+    read_safetensors(weights_file)  # refuses a pipe or a device, which has no end, before it is read to its end
+    return sha256_of_file(weights_file)
 
 
 def config_sha256(config: DistilBertConfig) -> str:

@@ -183,7 +183,7 @@ def test_a_stopped_run_keeps_the_same_state(method, stop, words, whole, tmp_path
         assert main([*words, "--output-dir", str(whole)]) == 0
     stop_after(monkeypatch, stop)
     run = tmp_path / "run"
-    assert main([*words, "--checkpoint-every", "1", "--output-dir", str(run)]) == 143
+    assert main([*words, "--checkpoint-every", "7", "--output-dir", str(run)]) == 143
     monkeypatch.undo()
     assert main(["--resume", str(run)]) == 0
     assert weights(run) == weights(whole)

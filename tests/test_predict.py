@@ -520,6 +520,10 @@ def test_the_columns_of_the_training_are_the_default(small_model, tmp_path, caps
     assert labelled(capsys, *command)[0]["text"] == "one two"
     assert labelled(capsys, *command, "--text-column", "text")[0]["text"] == "three"
     assert labelled(capsys, tmp_path, "--input", tmp_path / "in.txt")[0]["text"] == "one"
+    for damaged in ("5", '{"a": 1}', "[5]", "null"):
+        (tmp_path / "other").mkdir(exist_ok=True)
+        (tmp_path / "other" / "results.json").write_text(f'{{"options": {{"text_column": {damaged}}}}}')
+        assert predict.text_columns(tmp_path / "other", tmp_path / "in.csv") == []
     command[0] = tmp_path / "model"  # a part of the run
     assert labelled(capsys, *command)[0]["text"] == "one two"
 

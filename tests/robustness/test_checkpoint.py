@@ -97,7 +97,7 @@ def kill_and_resume(words: list[str], run: Path, kills: int, processes: int, ste
 
 
 def test_a_run_killed_again_and_again_ends_the_same(words, uninterrupted, tmp_path):
-    kill_and_resume(words, tmp_path / "run", kills=4, processes=1)
+    kill_and_resume(words, tmp_path / "run", kills=2, processes=1)
     assert_same_result(tmp_path / "run", uninterrupted)
 
 
@@ -255,7 +255,7 @@ def test_other_data_model_or_number_of_processes_is_refused(stopped, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_resumed_run_keeps_its_arithmetic(dtype, words, tmp_path, monkeypatch, capsys):
     """Though the measurement would now choose the other one."""
-    run = tmp_path / "run"
+    run, words = tmp_path / "run", [*words, "--train-limit", "32", "--epochs", "1"]  # 4 steps
     stop_after(monkeypatch, 2)
     monkeypatch.setattr(train, "choose_dtype", lambda name, device: (dtype, "chosen by the test"))
     assert main([*words, "--output-dir", str(run)]) == 143
