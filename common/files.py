@@ -41,9 +41,7 @@ def new_folder(folder: Path | str) -> Iterator[Path]:
     temporary = partial_name(final)
     with writing(folder):
         final.parent.mkdir(parents=True, exist_ok=True)
-        for path in partials(final.parent, glob.escape(final.name[:40])):
-            with contextlib.suppress(OSError, UserError), locked(path):  # not if its process lives
-                shutil.rmtree(path)
+        remove_partials(final.with_name(glob.escape(final.name[:40])))
         temporary.mkdir()
         try:
             with locked(temporary):
@@ -71,15 +69,19 @@ def contents(folder: Path) -> dict[Path, str | bool]:
 def new_file(path: Path) -> Iterator[TextIO]:
     """Write a text file whole or not at all: the block fills a temporary sibling, which then takes the place of `path`.
 
-    Half a character, which has no UTF-8, is written as an escape such as \\ud800.
+    Half a character, which has no UTF-8, is written as an escape: \\ud800. What a killed process left, the next one removes.
     """
-    with writing(path), replacing(path) as temporary, temporary.open("w", -1, "utf-8", "backslashreplace", "") as file:
+    remove_partials(resolve(path).with_name(glob.escape(path.name[:40])))
+    with writing(path), replacing(path) as new, new.open("w", -1, "utf-8", "backslashreplace", "") as file, locked(new):
         yield file
 
 
-def partials(folder: Path, pattern: str) -> list[Path]:
-    """What processes that write files or folders of such names have there, or left there when they were killed."""
-    return [path for path in folder.glob(f".{pattern}.*") if PARTIAL.fullmatch(path.name)]
+def remove_partials(pattern: Path) -> None:
+    """Remove what killed processes left that wrote files or folders of such names. Those of a process that lives are locked."""
+    for path in pattern.parent.glob(f".{pattern.name}.*"):
+        if PARTIAL.fullmatch(path.name):
+            with contextlib.suppress(OSError, UserError), locked(path):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def nearest(path: Path) -> str:

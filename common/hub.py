@@ -30,13 +30,12 @@ class BoundedDownload(tqdm):
 
     n: float
 
-    def update(self, n: float | None = 1) -> bool | None:
+    def update(self, n: float | None = 1) -> None:
         received = self.n + (n or 0)
         super().update(n)
         self.n = received  # also of a bar that is not shown
         if received > (self.total or UNPROMISED):
             raise OSError("the hub sent more than it promised")
-        return None
 
 
 @functools.cache

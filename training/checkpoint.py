@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from common.errors import UserError
-from common.files import locked, partials, read_safetensors, refuse_to_overwrite, write_file, writing
+from common.files import locked, read_safetensors, refuse_to_overwrite, remove_partials, write_file, writing
 from training.optimizer import trained_parameters
 from training.options import Options, flag
 from training.validation import Validation
@@ -208,10 +208,9 @@ def newest_first(run: Path) -> list[Path]:
 
 def remove_own_files(run: Path, after: str = "") -> None:
     """Remove the checkpoints after that one [all of them], and what a killed process left of any file of the run."""
-    left = [*partials(run / FOLDER, "step-*")]
-    for name in "metrics.jsonl", "predictions.jsonl", "results.json":
-        left += partials(run, name)
-    for path in [*left, *(path for path in newest_first(run) if path.stem > after)]:
+    for name in (f"{FOLDER}/step-*", "metrics.jsonl", "predictions.jsonl", "results.json"):
+        remove_partials(run / name)
+    for path in [path for path in newest_first(run) if path.stem > after]:
         path.unlink()
 
 

@@ -335,7 +335,7 @@ print(json.dumps([attempt(mark, *case) for case in cases] + [attempt(lambda: len
         ["ann/tiny", "no revision", "0" * 40],
         ["ann/pickled has no model.safetensors"],
         ["ann/slow-tokenizer has no tokenizer.json"],
-        ["'no such/name!'", "check the spelling"],
+        ["'no such/name!'", "folder", hub.url],
         ["'SetFit/ag_news'", "data set", hub.url],
     ]
     refusals = run(hub.url, home, code)

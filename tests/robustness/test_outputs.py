@@ -213,6 +213,16 @@ def test_what_a_killed_writer_of_a_folder_left_is_removed_by_the_next_one(tmp_pa
     assert all(folder.exists() for folder in of_others)
 
 
+def test_what_a_killed_writer_of_a_file_left_is_removed_by_the_next_one(tmp_path):
+    (tmp_path / LEFT.format("labels.csv")).write_text("half of it")
+    with new_file(tmp_path / "labels.csv") as first:
+        assert [path.suffix for path in tmp_path.iterdir()] == [".partial"]
+        first.write("first")
+        with new_file(tmp_path / "labels.csv") as second:  # of another process: both live
+            second.write("second")
+    assert files(tmp_path) == {"labels.csv": "first"}
+
+
 # The folder of a run
 
 
