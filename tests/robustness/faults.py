@@ -1,6 +1,6 @@
 """A fault at every file operation of a run. Then the run must resume to the same result, or one line must say what to do.
 
-python tests/robustness/faults.py              every operation and kind: an hour on one core
+python tests/robustness/faults.py              every operation and kind: half an hour or more
 python tests/robustness/faults.py --every 50   a slice; so do --kinds and --scenarios
 
 The runs are new ones (LoRA with a merged model, and every weight) and a resumed one. The faults:
