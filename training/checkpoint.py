@@ -9,7 +9,6 @@ examples is a function of (seed, epoch), and the dropout of a step is a function
 import contextlib
 import dataclasses
 import hashlib
-import itertools
 import json
 import os
 import re
