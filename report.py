@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from common.errors import UserError, run_cli
-from common.files import write_file
+from common.files import is_special, write_file, writing
 from training.artifacts import refuse_own_files
 from training.options import Parser
 
@@ -33,7 +33,11 @@ def run(arguments: list[str] | None) -> None:
     for folder in filter(None, [options.folder, options.against]):
         refuse_own_files(output, folder, "--output")
     page = report_page(options.folder, options.against)
-    write_file(output, page.encode(errors="replace"))
+    if is_special(output):
+        with writing(output), open(output, "ab") as opened:  # as in `--output /dev/stdout | gzip`
+            opened.write(page.encode(errors="replace"))
+    else:
+        write_file(output, page.encode(errors="replace"))
     print(f"saved {output}")
 
 

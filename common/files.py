@@ -13,7 +13,18 @@ from pathlib import Path
 from typing import TextIO
 
 from common.errors import UserError, most_like
-from lora.files import flush, partial_name, read_bytes, read_json, read_safetensors, replacing, resolve, write_file, writing
+from lora.files import (
+    flush,
+    is_special,
+    partial_name,
+    read_bytes,
+    read_json,
+    read_safetensors,
+    replacing,
+    resolve,
+    write_file,
+    writing,
+)
 
 with contextlib.suppress(ImportError):  # Windows
     import fcntl

@@ -103,20 +103,15 @@ def make_folder(folder: Path | str) -> Path:
 def write_file(path: Path, content: bytes) -> None:
     """Write a file whole or not at all: to a temporary file beside it, flushed to disk, then renamed.
 
-    A link is followed, and a file that is replaced keeps its permissions. A device, a pipe or /dev/stdout is written to as it
-    is. Creates the file's folder but not the folders above: if those are gone, something is wrong. Raises UserError.
+    A link is followed, and a file that is replaced keeps its permissions. Creates the file's folder but not the folders above:
+    if those are gone, something is wrong. Raises UserError.
     """
-    file = resolve(path)
     with writing(path):
-        if is_special(path):
-            with open(path, "ab") as opened:
-                opened.write(content)
-            return
-        file.parent.mkdir(exist_ok=True)
+        resolve(path).parent.mkdir(exist_ok=True)
         with replacing(path) as temporary:
             temporary.write_bytes(content)
             with contextlib.suppress(FileNotFoundError):
-                shutil.copymode(file, temporary)
+                shutil.copymode(path, temporary)
 
 
 def is_special(path: Path) -> bool:
