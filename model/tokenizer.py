@@ -34,7 +34,9 @@ def read_tokenizer(path: Path, config: DistilBertConfig) -> Tokenizer:
         empty = tokenizer.encode("")
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # the Rust library raises nothing narrower, and for a bug not even an Exception
+    except BaseException as error:
+        # The Rust library raises nothing narrower, and for a bug not even an Exception. Before that, it prints a report of its
+        # own to file 2. To keep that back, the whole process would have to lose its standard error meanwhile, also in a crash.
         raise UserError(f"{path} is not a tokenizer ({error}): download it again") from error
     words = 1 + max(tokenizer.get_vocab().values(), default=-1)
     if words > config.vocab_size:

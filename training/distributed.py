@@ -69,17 +69,17 @@ class Distributed:
         self.device = device
         if self.world_size == 1:
             return
-        if device.type == "cpu" and os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun sets 1 on any number of cores
-            cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-            torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))))
-        if not self.is_main:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
         main = os.environ["MASTER_ADDR"]
         try:
             socket.getaddrinfo(main, None)
         except (OSError, UnicodeError) as error:  # torch would try again for LOAD_TIMEOUT
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"MASTER_ADDR is {main!r}, which cannot be found from here: {reason}. Check the name") from error
+        if device.type == "cpu" and os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun sets 1 on any number of cores
+            cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+            torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))))
+        if not self.is_main:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
         with explain_lost_process():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=LOAD_TIMEOUT)
 
