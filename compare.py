@@ -39,7 +39,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "full": {"method": "full"},
     "head": {"method": "head"},
 }
-REFUSED = ("method", "resume", "merged_output")  # options of train.py that make no sense for several runs
+REFUSED = ("method", "adapter", "resume", "merged_output")  # options of train.py that make no sense for several runs
 COLUMNS = ("method", "trained parameters", "of all", "optimizer, MB", "saved, MB", "peak memory, MB", "seconds", "macro-F1")
 
 

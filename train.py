@@ -4,6 +4,7 @@ python train.py                                          distilbert-base-uncased
 python train.py --model minilm --dataset sample          the embedded encoder and corpus, without a network
 python train.py --dataset tickets.csv                    your own texts (data/tables.py lists the forms of files)
 python train.py --method full                            every weight, or only the head (compare.py runs all three)
+python train.py --adapter runs/2026-11-24-103855         start from a trained adapter, ours or peft's
 python train.py --resume runs/2026-11-24-103855          continue a run that was stopped
 python train.py --help                                   every option
 
@@ -19,6 +20,7 @@ import dataclasses
 import io
 import sys
 import time
+from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,9 @@ from training.device import DTYPES, cast_frozen_matrices, choose_device, choose_
 from training.distributed import Distributed
 from training.evaluation import Examples, ModelRunner, confusion_matrix, evaluate, macro_f1, predict, progress_bar, scores
 from training.fast_cpu import limit_caches
+from training.in_memory import as_table, check_keywords
+from training.inference import Classifier
+from training.inference import load_classifier as load
 from training.loading import load_inputs
 from training.optimizer import lr_multiplier, parameter_groups, trained_parameters
 from training.options import Options, parse
@@ -45,6 +50,7 @@ from training.plan import describe_plan, loss_function, plan
 from training.run_folder import require_stopped
 from training.sanity_checks import frozen_sha256, lora_checks, refuse_not_finite
 from training.signals import Signals
+from training.starting_adapter import with_adapter
 from training.validation import Validation
 
 LOG_EVERY = 10  # steps
@@ -68,6 +74,7 @@ def run(options: Options, checkpoint: Checkpoint | None = None) -> dict[str, Any
     model: nn.Module = inputs.base
     data = f"{inputs.sha256['data']} {inputs.label_names}"
     identity = fingerprint(options, dtype, f"{inputs.sha256['weights']} {inputs.base.config}", data)
+    identity["the adapter"] = inputs.sha256.get("adapter")
     if checkpoint:
         checkpoint.refuse_changes(processes.world_size, identity)
     processes.require_same(identity | {"the checkpoint": checkpoint and checkpoint.step})
@@ -76,13 +83,16 @@ def run(options: Options, checkpoint: Checkpoint | None = None) -> dict[str, Any
     # (--method head trains only the head; --method full leaves the model as it is and trains all of it.)
     if inputs.lora_config is not None:
         model = get_peft_model(model, inputs.lora_config)
+        if inputs.adapter is not None:  # --adapter: not from B = 0
+            inputs.adapter.copy_to(model)
     print(f"arithmetic in {dtype_name(dtype)} ({reason})")
     print_trainable_parameters(model)
     cast_frozen_matrices(model.to(device), dtype)
     runner = ModelRunner(model, device, dtype)
     frozen_hash = None if options.quiet else frozen_sha256(model)
     if not options.quiet:
-        print("LoRA checks" if inputs.lora_config else "checks", *lora_checks(runner, inputs.train), sep="\n  ")
+        title = "LoRA checks" if inputs.lora_config else "checks"
+        print(title, *lora_checks(runner, inputs.train, options.adapter), sep="\n  ")
     if frozen_hash:
         print(f"  frozen weights before training: sha256 {frozen_hash[:16]}")
 
@@ -236,11 +246,25 @@ def dropout_seed(seed: int, step: int, rank: int) -> int:
 def start(typed: dict[str, Any]) -> dict[str, Any]:
     """Begin a new run with the typed options, or resume a stopped run with its own options."""
     if "resume" not in typed:
-        return run(Options(**typed))
+        return run(Options(**with_adapter(typed)))
     stopped = Path(typed["resume"])
     require_stopped(stopped)
     checkpoint = read_newest(stopped)
     return run(checkpoint.resume_options(typed), checkpoint)
+
+
+def fit(texts: Iterable[str], labels: Iterable, test: tuple[Iterable, Iterable] | None = None, **options: Any) -> Classifier:
+    """Train on texts and labels in memory, from a notebook for example, and return the trained classifier.
+
+    Labels are strings, whole numbers or booleans. A tenth of each class is put aside to test on, unless there are test texts
+    and labels. The options are those of the command line: fit(texts, labels, epochs=3, r=8). The run is kept in its folder,
+    `output_dir`, and the texts beside it. Raises UserError as a run does, and for texts, labels or options of a wrong type.
+    """
+    typed = check_keywords(options)
+    folder = Path(typed.setdefault("output_dir", f"runs/{datetime.now():%Y-%m-%d-%H%M%S}"))
+    with as_table(texts, labels, test, folder) as data:
+        start(typed | {"dataset": str(data)})
+    return load(folder)
 
 
 def main(arguments: list[str] | None = None) -> int:

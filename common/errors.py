@@ -41,7 +41,10 @@ class FileNotOnHub(UserError):
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal ended the program. The command line prints the message and exits with 128 + the signal's number."""
+    """A signal ended the program. The command line prints the message and exits with 128 + the signal's number.
+
+    In a notebook it is what stopping a cell raises, with a message.
+    """
 
     def __init__(self, message: str, signal: int):
         super().__init__(message)

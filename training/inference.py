@@ -1,9 +1,10 @@
 """A trained classifier: from a folder (training/trained_folder.py) and new texts to labels and scores."""
 
 import queue
+import shutil
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +13,51 @@ import torch
 from tokenizers import Tokenizer
 
 from common.errors import UserError
+from common.files import new_folder, writing
 from data import Row, evaluation_batches, slices, tokenize
 from training.device import DTYPES, FLOATS, cast_frozen_matrices, choose_device, choose_dtype, dtype_name
 from training.evaluation import ModelRunner, compute_logits
-from training.trained_folder import read_trained
+from training.in_memory import check_texts
+from training.trained_folder import read_trained, run_results
 
 CHUNK, CHARACTERS = 1024, 1 << 24  # texts, and characters, in memory at a time
 AGREEMENT = 0.99  # of the labels, between int8 and float32, or int8 is not chosen
 PATIENCE = 0.05  # seconds to wait for the next text, before those that have come are labelled
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Classifier:
+    """What `fit` and `load` of train.py return. Several threads may share one."""
+
     runner: ModelRunner
     tokenizer: Tokenizer
     label_names: list[str]
     max_length: int
     multi_label: bool = False  # scores by the sigmoid, each class for itself, instead of the softmax
     arithmetic: str = "float32"  # and why it was chosen
+    classes_: np.ndarray = field(default_factory=lambda: np.array([]))  # (C,) the labels as `fit` got them: names or numbers
+    folder: Path = Path()  # the adapter, or the whole model, that was loaded
+    test_scores: dict[str, Any] = field(default_factory=dict)  # "macro_f1", "accuracy" ..., if the folder is a run's
+
+    def __repr__(self) -> str:
+        tested = f", macro-F1 {self.test_scores['macro_f1']:.4f} on the test texts" if self.test_scores else ""
+        return f"<Classifier of {len(self.label_names)} classes in {self.folder}{tested}>"
+
+    def predict(self, texts: Iterable[str]) -> np.ndarray:
+        """(N,) the most likely class of each text, of the kind that `fit` got. Raises UserError for what is not a string."""
+        return self.classes_[self.predict_proba(texts).argmax(axis=1)]
+
+    def predict_proba(self, texts: Iterable[str]) -> np.ndarray:
+        """(N, C) float32: the score of each class, in the order of `classes_`. An empty text gets scores like any other."""
+        scores = [self.scores(chunk)[0] for chunk in slices(check_texts(texts), CHUNK, CHARACTERS)]
+        return np.concatenate([np.empty((0, len(self.label_names)), dtype=np.float32), *scores])
+
+    def save(self, folder: str | Path) -> None:
+        """Write a folder that `load`, predict.py and peft read: the files of `self.folder`. Raises UserError if it exists."""
+        with new_folder(folder) as new, writing(folder):
+            for path in self.folder.iterdir():
+                if path.is_file():
+                    shutil.copy(path, new)
 
     def label(self, texts: Iterable[str], threshold: float = 0.0) -> Iterator[dict[str, Any]]:
         """{"text", "label", "score", "scores"} for each text, in order. Takes CHUNK texts at a time, fewer if they are long.
@@ -37,12 +65,8 @@ class Classifier:
         A text in which the tokenizer finds nothing, and one with a score below `threshold`, has the label "" and a "reason".
         """
         for chunk in slices(texts, CHUNK, CHARACTERS):
-            tokenized = tokenize(self.tokenizer, chunk, self.max_length)
-            batches = evaluation_batches(tokenized.lengths, self.runner.tokens)
-            logits = np.empty((len(chunk), len(self.label_names)), dtype=np.float32)
-            logits[np.concatenate(batches)] = compute_logits(self.runner, tokenized, batches)  # back in the order of the texts
-            scores = probabilities(logits, self.multi_label)
-            for text, length, row in zip(chunk, tokenized.lengths, scores.astype(float), strict=True):
+            scores, lengths = self.scores(chunk)
+            for text, length, row in zip(chunk, lengths, scores.astype(float), strict=True):
                 if length == 2:  # [CLS] and [SEP]
                     yield {"text": text, "label": "", "score": None, "scores": {}, "reason": "the text is empty"}
                     continue
@@ -52,6 +76,14 @@ class Classifier:
                 if row[predicted] < threshold:
                     answer |= {"label": "", "reason": f"the score is below {threshold:g}"}
                 yield answer
+
+    def scores(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """(N, C) float32 scores and the (N,) numbers of tokens, of at least one text."""
+        tokenized = tokenize(self.tokenizer, texts, self.max_length)
+        batches = evaluation_batches(tokenized.lengths, self.runner.tokens)
+        logits = np.empty((len(texts), len(self.label_names)), dtype=np.float32)
+        logits[np.concatenate(batches)] = compute_logits(self.runner, tokenized, batches)  # back in the order of the texts
+        return probabilities(logits, self.multi_label), tokenized.lengths
 
 
 def in_parts(rows: Iterable[Row], wait: bool = True) -> Iterator[list[Row]]:
@@ -106,7 +138,7 @@ def probabilities(logits: np.ndarray, multi_label: bool) -> np.ndarray:
 
 
 def load_classifier(
-    folder: Path,
+    folder: str | Path,
     model: str | None = None,
     device: str = "auto",
     max_length: int | None = None,
@@ -120,14 +152,23 @@ def load_classifier(
     it is the fastest here and the sample gets the labels of float32, but for 1 %. Raises UserError if the folder holds neither
     adapter nor model, an adapter of another base model, or a model that does not classify.
     """
-    trained = read_trained(folder, model)
+    trained = read_trained(Path(folder), model)
     longest = trained.model.config.max_position_embeddings
     if max_length is None:
         max_length = trained.max_length
     if not 3 <= max_length <= longest:
         raise UserError(f"--max-length is {max_length}. For this model it must be between 3 and {longest}")
     runner = ModelRunner(trained.model.requires_grad_(False), choose_device(device), torch.float32)
-    exact = Classifier(runner, trained.tokenizer, trained.label_names, max_length, trained.multi_label)
+    exact = Classifier(
+        runner,
+        trained.tokenizer,
+        [str(label) for label in trained.classes],
+        max_length,
+        trained.multi_label,
+        classes_=np.array(trained.classes),
+        folder=trained.folder,
+        test_scores=run_results(trained.folder).get("after", {}),
+    )
     return in_dtype(exact, dtype, sample)
 
 

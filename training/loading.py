@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from training.checkpoint import Checkpoint
 from training.data_summary import describe_data
 from training.evaluation import Examples
 from training.options import DEFAULT_DATASET, DEFAULT_MODEL, EMBEDDED_DATASET, EMBEDDED_MODEL, Options
+from training.starting_adapter import StartingAdapter, read_starting_adapter
 
 SHOWN = 320  # characters of a test text, to recognise it by in predictions.jsonl
 MOST_CLASSES = 1000  # the confusion matrix is written in full; more are nearly always numbers of rows, or the texts themselves
@@ -41,12 +42,13 @@ class Inputs:
     test_texts: list[str]  # how each text of the test part begins
     label_names: list[str]
     lora_config: LoraConfig | None  # None with --method full
+    adapter: StartingAdapter | None  # with --adapter
     model: str  # the name of the model and of the data set, typed or chosen
     dataset: str
     commit: str | None  # of the model, if it comes from the hub
     dataset_commit: str | None  # likewise
     revision: str | None
-    sha256: dict[str, str]  # of the "weights", the "config" and the "data"
+    sha256: dict[str, str]  # of the "weights", the "config", the "data" and the "adapter" it starts from
     notice: str  # not empty if the embedded model or data is used instead
 
     def provenance(self) -> dict[str, Any]:
@@ -109,6 +111,13 @@ def load_inputs(options: Options, checkpoint: Checkpoint | None) -> Inputs:
     about = describe_data(dataset, train, test, options.max_length)
     print(f"model {model_name}, data {dataset_name}: {sizes}", *about, *dataset.notes, sep="\n")
     revision = commit or options.revision
+    lora_config = options.lora_config(model_name, revision)
+    digests = {"weights": sha256, "config": config_sha256(base.config), "data": data_sha256(train, test, validation)}
+    adapter = None
+    if options.adapter is not None:
+        adapter = read_starting_adapter(options, dataset.label_names, sha256)
+        lora_config = replace(adapter.config, base_model_name_or_path=model_name, revision=revision)
+        digests["adapter"] = adapter.sha256
     return Inputs(
         base=base,
         tokenizer=tokenizer,
@@ -117,13 +126,14 @@ def load_inputs(options: Options, checkpoint: Checkpoint | None) -> Inputs:
         validation=validation,
         test_texts=[text[:SHOWN] for text in dataset.test.texts],
         label_names=dataset.label_names,
-        lora_config=options.lora_config(model_name, revision),
+        lora_config=lora_config,
+        adapter=adapter,
         model=model_name,
         dataset=dataset_name,
         commit=commit,
         dataset_commit=dataset.commit,
         revision=revision,
-        sha256={"weights": sha256, "config": config_sha256(base.config), "data": data_sha256(train, test, validation)},
+        sha256=digests,
         notice=notice,
     )
 

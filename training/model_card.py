@@ -67,7 +67,9 @@ def model_card(results: dict[str, Any]) -> str:
         model_name=title,
         eval_results=evaluated,
     )
-    adapters = f"r = {options['r']}, alpha = {options['lora_alpha']:g} on {', '.join(options['target_modules'])}; "
+    start = results["sha256"].get("adapter")
+    started = f"started from another adapter (sha256 {start[:16]}); " if start else ""
+    adapters = f"{started}r = {options['r']}, alpha = {options['lora_alpha']:g} on {', '.join(options['target_modules'])}; "
     return f"""---
 {header.to_yaml().strip()}
 ---

@@ -19,7 +19,8 @@ LEARNING_RATES = {"lora": 5e-4, "full": 5e-5, "head": 2e-3}  # the default of ea
 ALL_LINEAR = {"target_modules": ["all-linear"], "r": 8, "learning_rate": 1e-3}  # as good as every weight: docs/experiments.md
 MIN_EPOCHS, MIN_STEPS = 3, 250  # unless --epochs is typed: three epochs of a small data set are too few steps
 LARGEST = 2**31 - 1
-LORA_OPTIONS = ("r", "lora_alpha", "lora_dropout", "target_modules", "bias", "use_rslora", "use_dora", "loraplus_lr_ratio")
+ADAPTER_OPTIONS = ("r", "lora_alpha", "target_modules", "bias", "use_rslora", "use_dora")  # what an adapter is made of
+LORA_OPTIONS = ("adapter", *ADAPTER_OPTIONS, "lora_dropout", "loraplus_lr_ratio")
 
 GROUPS = {  # of --help: the title of each, by the option that it begins with
     "model": "yours: the model, the data, and where results go",
@@ -67,6 +68,9 @@ class Options:
     resume: str | None = option(None, "continue the stopped run in this folder, with the options that it began with")
     method: str = option(
         "lora", "what to train: lora (adapters and head), head (only the head), full (every weight)", choices=(*LEARNING_RATES,)
+    )
+    adapter: str | None = option(
+        None, "start from the adapter in this folder, with its r, alpha and targets, on its base model [from B = 0]"
     )
     r: int = option(2, "rank of the adapters")
     lora_alpha: float = option(16.0, "scale of the adapters: dW = (alpha / r) B A")

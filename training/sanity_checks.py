@@ -20,8 +20,10 @@ from training.options import Options, flag
 CHECK_EXAMPLES = 8  # a few are enough
 
 
-def lora_checks(runner: ModelRunner, examples: Examples) -> list[str]:
+def lora_checks(runner: ModelRunner, examples: Examples, adapter: str | None = None) -> list[str]:
     """One line per promise, with the measured value. Leaves no gradient behind.
+
+    The first and the third hold where B starts at 0, that is without --adapter.
 
     1. B = 0, so adding LoRA has not changed the logits.
     2. Gradients reach exactly the trained tensors.
@@ -34,7 +36,8 @@ def lora_checks(runner: ModelRunner, examples: Examples) -> list[str]:
     if isinstance(model, PeftModel):
         with torch.no_grad(), model.disable_adapter():
             change = (runner(texts, micro_batch) - logits).abs().max().item()
-        lines.append(f"injection changed the logits by {change}")
+        cause = "injection" if adapter is None else f"the adapter in {adapter}"
+        lines.append(f"{cause} changed the logits by {change}")
 
     F.cross_entropy(logits, runner.to_device(torch.from_numpy(labels[micro_batch]))).backward()
     layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
@@ -43,7 +46,8 @@ def lora_checks(runner: ModelRunner, examples: Examples) -> list[str]:
         zero_A = sum(not layer.lora_A.weight.grad.any() for layer in layers)  # type: ignore[union-attr]
         zero_B = sum(not layer.lora_B.weight.grad.any() for layer in layers)  # type: ignore[union-attr]
         n = len(layers)
-        lines.append(f"the first gradient is exactly 0 for {zero_A} of {n} A (because B = 0) and for {zero_B} of {n} B")
+        why = " (because B = 0)" if adapter is None else ""
+        lines.append(f"the first gradient is exactly 0 for {zero_A} of {n} A{why} and for {zero_B} of {n} B")
     model.zero_grad(set_to_none=True)
     return lines
 

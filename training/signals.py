@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -20,7 +21,9 @@ class Signals:
         self.run, self.received, self.delay = run, 0, False
 
     def __enter__(self) -> "Signals":
-        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        is_main = threading.current_thread() is threading.main_thread()  # no other thread gets signals, or may ask for them
+        numbers = (signal.SIGINT, signal.SIGTERM) if is_main else ()
+        self.before = {number: signal.signal(number, self.receive) for number in numbers}
         return self
 
     def __exit__(self, *exception: object) -> None:

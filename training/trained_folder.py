@@ -4,6 +4,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -25,6 +26,7 @@ from model import (
 )
 from training.run_folder import require_ended
 
+LABELS_FILE = "label_names.json"
 PARTS = ("adapter", "model")  # of a run, each of which can be labelled with
 # where a tensor's name in transformers begins -> the kind of model
 KINDS = {"bert": "a BERT", "roberta": "a RoBERTa", "electra": "an ELECTRA", "albert": "an ALBERT", "deberta": "a DeBERTa"}
@@ -34,9 +36,10 @@ KINDS = {"bert": "a BERT", "roberta": "a RoBERTa", "electra": "an ELECTRA", "alb
 class Trained:
     model: DistilBertForSequenceClassification  # in float32, with the adapter merged into it
     tokenizer: Tokenizer
-    label_names: list[str]
+    classes: list[Any]  # their names, or numbers
     multi_label: bool  # whether several classes can hold at once
     max_length: int  # tokens
+    folder: Path  # of the adapter or model
 
 
 def read_trained(folder: Path, base: str | None) -> Trained:
@@ -62,9 +65,9 @@ def read_trained(folder: Path, base: str | None) -> Trained:
         if (folder / "tokenizer.json").is_file():
             tokenizer = read_tokenizer(folder / "tokenizer.json", model.config)
         PeftModel.from_pretrained(model, folder).merge_and_unload()
-    names, multi_label = read_classes(folder, name, revision, num_labels, is_whole)
+    classes, multi_label = read_classes(folder, name, revision, num_labels, is_whole)
     longest = model.config.max_position_embeddings
-    return Trained(model, tokenizer, names, multi_label, min(read_max_length(folder) or longest, longest))
+    return Trained(model, tokenizer, classes, multi_label, min(read_max_length(folder) or longest, longest), folder)
 
 
 def run_results(folder: Path) -> dict:
@@ -113,14 +116,18 @@ def count_classes(folder: Path, tensors: dict[str, Tensor]) -> int:
     return len(head)
 
 
-def read_classes(folder: Path, base: str, revision: str | None, num_labels: int, is_whole: bool) -> tuple[list[str], bool]:
-    """The names of the classes, and whether several can hold at once: from label_names.json, which training here writes beside
-    an adapter, or else from the config.json of the (base) model, as in transformers."""
-    if not is_whole and (path := folder / "label_names.json").exists():
-        names = read_json(path, list)
-        if len(names) != num_labels or not all(isinstance(name, str) for name in names) or len(set(names)) < num_labels:
+def read_classes(folder: Path, base: str, revision: str | None, num_labels: int, is_whole: bool) -> tuple[list[Any], bool]:
+    """The classes, and whether several can hold at once: from label_names.json, which training here writes beside an adapter,
+    and `fit` beside a model, or else from the config.json of the (base) model, as in transformers.
+
+    Their names; or whole numbers or booleans, if `fit` got such labels.
+    """
+    if (path := folder / LABELS_FILE).exists():
+        classes = read_json(path, list)
+        kinds = {type(label) for label in classes}
+        if len(classes) != num_labels or kinds not in ({str}, {int}, {bool}) or len(set(classes)) < num_labels:
             raise UserError(f"{path} must be a list of {num_labels} different strings, one for each class of the adapter")
-        return names, False
+        return classes, False
     config, source = read_model_config(base, revision), f"{base}/config.json"
     kind = config.get("problem_type")
     if kind not in (None, "single_label_classification", "multi_label_classification"):
