@@ -1,4 +1,9 @@
-"""LoRA in a whole model, of any kind: find the target layers, swap them, freeze the rest; and take LoRA out again."""
+"""LoRA in a whole model, of any kind. Three lines are the core; the rest finds the layers, trains the head, and goes back:
+
+model.requires_grad_(False)
+for name in targets:  # the q_lin and v_lin of each layer, for example
+    model.set_submodule(name, LoRALinear(model.get_submodule(name), r, lora_alpha))
+"""
 
 import contextlib
 import typing
@@ -36,15 +41,10 @@ def inject(model: nn.Module, config: LoraConfig, strict: bool = True) -> None:
         linear = typing.cast(nn.Linear, model.get_submodule(name))
         layer = layer_class(linear, ranks[name], alphas[name], config.lora_dropout, config.use_rslora)
         initialise(layer, config.init_lora_weights)
-        _replace(model, name, layer)
+        model.set_submodule(name, layer)
     train_biases(model, config.bias, head)
     for name in head:
-        _replace(model, name, ModulesToSaveWrapper(model.get_submodule(name).requires_grad_(False)))
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+        model.set_submodule(name, ModulesToSaveWrapper(model.get_submodule(name).requires_grad_(False)))
 
 
 def adapted_modules(model: nn.Module, kinds: typing.Any = LoRALinear | ModulesToSaveWrapper) -> list:
@@ -126,7 +126,7 @@ def unload(model: nn.Module, merged: bool) -> nn.Module:
     unload_biases(model, trained=merged)
     for name, module in list(model.named_modules()):
         if isinstance(module, LoRALinear):
-            _replace(model, name, module.to_linear())
+            model.set_submodule(name, module.to_linear())
         elif isinstance(module, ModulesToSaveWrapper):
-            _replace(model, name, module.unwrap(trained=merged))
+            model.set_submodule(name, module.unwrap(trained=merged))
     return model.requires_grad_(False)

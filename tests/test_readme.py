@@ -3,14 +3,19 @@
 python -m tests.test_readme    from the root: writes the line counts and the quoted forward into README.md anew
 """
 
+import dataclasses
+import http.client
 import inspect
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 import textwrap
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +23,7 @@ import numpy as np
 import pytest
 
 import predict
+import train
 from data import load_dataset
 from lora import LoRALinear
 from training.inference import load_classifier
@@ -42,6 +48,7 @@ SHORT = "--model minilm --train-limit 32 --test-limit 16 --epochs 1 --output-dir
 # beginning of a command -> what is added to it here, so that it takes seconds
 ADDED = {
     "python train.py --dataset": f" {SHORT} {{new}}",
+    "python train.py --adapter": " --train-limit 32 --test-limit 16 --epochs 1 --output-dir {new}",
     "python train.py --help": "",
     "python train.py --model minilm": f" {SHORT} {{new}}",
     "python train.py --resume": "",
@@ -55,10 +62,10 @@ ADDED = {
 # faults.py and fuzz.py: by their own tests. soak.py and break_it.py --train take ten minutes and more. pip-audit needs a
 # network, an upload an account. `python -m tests.test_readme` writes into the README.
 ELSEWHERE = re.compile(
-    r"(pip install|git clone|hf upload|pytest|pip-audit|python tests/robustness/(break_it|faults|fuzz|soak)\.py)\b.*"
+    r"(pip install|git clone|hf upload|pytest|pip-audit|python tests/robustness/(break_it|faults|fuzz|soak)\.py|python bench/latency\.py)\b.*"
     r"|python train\.py( --epochs 3)?|python -m tests\.test_readme"
 )
-SLOW = ("python bench/", "torchrun", "python compare.py", "python train.py --model")
+SLOW = ("python bench/", "python train.py --adapter", "torchrun", "python compare.py", "python train.py --model")
 # lines that count: "  99  lora/layer.py   the idea", and the same for rooms (lora/) or several names
 COUNTED = re.compile(r"^( *[\d,]+)  ((?:(?:[\w/]+\.py|\w+/) )+)", re.MULTILINE)
 GENERATED = ("results.json", "label_names.json", "adapter_config.json", "tokenizer.json", "config.json")  # by a run
@@ -187,7 +194,7 @@ def quoted(document: str, beginning: str) -> list[str]:
 
 def test_the_quoted_output_of_training_is_what_it_prints(whole_run):
     printed = [line for line in masked(whole_run[1]) if "the merged model" not in line]
-    assert quoted("README.md", "distilbert-base-uncased") == printed
+    assert quoted("docs/running.md", "distilbert-base-uncased") == printed
 
 
 def test_the_quoted_output_of_predict_is_what_it_prints(whole_run, capsys):
@@ -222,15 +229,73 @@ def test_the_quoted_forward_is_that_of_the_layer():
     assert with_true_forward(TEXTS["README.md"]) == TEXTS["README.md"]
 
 
-def test_the_other_code_runs_from_its_first_line_to_its_last(tmp_path, monkeypatch):
+@pytest.fixture
+def short_runs(monkeypatch):
+    """`fit` takes a few rows, one step and the embedded encoder, whatever the document says."""
+    run = train.run
+    few = {"model": "minilm", "epochs": 1, "train_limit": 16, "test_limit": 8}
+    monkeypatch.setattr(train, "run", lambda options, checkpoint=None: run(dataclasses.replace(options, **few), checkpoint))
+
+
+def test_the_code_runs_from_its_first_line_to_its_last(tmp_path, monkeypatch, short_runs):
+    """In the documents' order, in one folder, as a reader goes through them."""
     monkeypatch.chdir(tmp_path)
-    blocks = [block for text in TEXTS.values() for block in python_blocks(text)]
-    assert len(blocks) == 4
-    for block in blocks[1:]:
-        if "onnx" not in block:
-            exec(block, {})
+    blocks = {name: python_blocks(text) for name, text in TEXTS.items()}
+    assert {name: len(codes) for name, codes in blocks.items() if codes} == BLOCKS
+    for code in blocks["README.md"][1:] + blocks["docs/peft.md"]:  # the first is the forward
+        exec(code, names := {})
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 2
     assert (tmp_path / "minilm-as-distilbert" / "model.safetensors").exists()
+
+    code = blocks["docs/server.md"][0]
+    assert "server.serve_forever()\n" in code
+    exec(code.replace("8000", "0").replace("server.serve_forever()", ""), names := {})
+    server = names["server"]
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(lambda text: ask(server.server_address[1], [text]), ["Refund me, please", "I cannot log in"] * 4))
+        assert all(status == 200 for status, _ in answers)
+        expected = names["classifier"].predict_proba(["Refund me, please"])[0]
+        assert list(answers[0][1][0]) == ["billing", "login"]
+        assert list(answers[0][1][0].values()) == pytest.approx(expected.tolist(), abs=1e-6)
+        for wrong in ("text", [1], 5, None):
+            status, answer = ask(server.server_address[1], wrong)
+            assert (status, list(answer)) == (400, ["error"])
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+# how many blocks of Python each document has: the forward, peft and the notebook; each of the others has one
+BLOCKS = {"README.md": 3, "docs/peft.md": 1, "docs/running.md": 1, "docs/server.md": 1, "docs/toy.md": 1}
+
+
+def ask(port: int, texts: Any) -> tuple[int, Any]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("POST", "/", json.dumps(texts))
+    response = connection.getresponse()
+    status, answer = response.status, json.loads(response.read())
+    connection.close()
+    return status, answer
+
+
+def test_the_toy_prints_what_it_says(capsys):
+    (code,) = python_blocks(TEXTS["docs/toy.md"])
+    exec(code, {})
+    printed = capsys.readouterr().out.splitlines()
+    (shown,) = re.findall(r"It prints:\n\n((?:    .*\n)+)", TEXTS["docs/toy.md"])
+    assert textwrap.dedent(shown).splitlines() == printed
+    assert 25 <= len([line for line in code.splitlines() if line]) <= 32
+
+
+def test_the_example_runs(tmp_path, monkeypatch, short_runs, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    runpy.run_path(str(ROOT / "examples" / "news.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "<Classifier of 4 classes in runs/" in printed
+    assert "['World' 'Sports' 'Business' 'Sci/Tech']" in printed
 
 
 @pytest.mark.slow
