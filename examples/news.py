@@ -9,16 +9,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-# %% texts and labels, as lists; columns of a pandas table will do as well
 from data import load_dataset
+from train import fit, load
 
+# %% texts and labels, as lists; columns of a pandas table will do as well
 news = load_dataset("sample")
 texts, labels = news.train.texts, [news.label_names[i] for i in news.train.labels]
 test_texts, test_labels = news.test.texts, [news.label_names[i] for i in news.test.labels]
 
 # %% train on some, test on the others; the options are those of train.py
-from train import fit, load
-
 classifier = fit(texts, labels, test=(test_texts, test_labels), model="minilm", epochs=3)
 print(classifier)
 

@@ -8,12 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer
+from helpers import save_quick_model
 
 import predict
 import train
 from common.errors import UserError
-from model import DistilBertConfig, DistilBertForSequenceClassification, save_pretrained
 from train import fit, load
 from training.checkpoint import Checkpoints
 from training.inference import load_classifier
@@ -40,13 +39,7 @@ class Column:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory, tokenizer_file):
     """A small DistilBERT with random weights, for two classes."""
-    torch.manual_seed(0)
-    shape = {"vocab_size": 3000, "dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "num_labels": 2}
-    words = json.loads(tokenizer_file.read_text())
-    words["model"]["vocab"] = {word: i for word, i in words["model"]["vocab"].items() if i < 3000}  # the whole takes 0.1 s
-    model, tokenizer = DistilBertForSequenceClassification(DistilBertConfig(**shape)), Tokenizer.from_str(json.dumps(words))
-    save_pretrained(model, tokenizer, folder := tmp_path_factory.mktemp("base") / "model")
-    return folder
+    return save_quick_model(tmp_path_factory.mktemp("base") / "model", tokenizer_file, num_labels=2)
 
 
 @pytest.fixture(scope="module")
@@ -187,16 +180,16 @@ def test_an_interrupted_fit_says_how_to_go_on_and_can(options, tmp_path, monkeyp
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_eight_threads_get_the_answers_of_one(options, classifier, dtype):
     shared = load_classifier(classifier.folder, device="cpu", dtype=dtype)
-    lists = [[f"{'refund and ' * (7 * i % 40)}password {j}" for j in range(1 + i % 3)] for i in range(40)]
+    lists = [[f"{'refund and ' * (7 * i % 40)}password {j}" for j in range(1 + i % 3)] for i in range(16)]
     alone = [shared.predict_proba(texts) for texts in lists]
     ready = threading.Barrier(8)
 
     def label(first: int) -> list[bool]:
         ready.wait()
-        order = [(first + i) % 40 for i in range(40)]
+        order = [(first + i) % 16 for i in range(16)]
         return [np.array_equal(shared.predict_proba(lists[i]), alone[i]) for i in order]
 
     with ThreadPoolExecutor(8) as pool:
-        equal = list(pool.map(label, range(0, 40, 5)))
+        equal = list(pool.map(label, range(0, 16, 2)))
     assert len(equal) == 8
     assert all(all(answers) for answers in equal)

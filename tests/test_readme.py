@@ -59,13 +59,14 @@ ADDED = {
     "torchrun": f" {SHORT} {{new}} --dataset sample",
 }
 # Not run by test_every_command_runs. Installation: by the slow test below. `python train.py`: by conftest.py. break_it.py,
-# faults.py and fuzz.py: by their own tests. soak.py and break_it.py --train take ten minutes and more. pip-audit needs a
+# faults.py and fuzz.py: by their own tests. soak.py, break_it.py --train and latency.py take minutes. pip-audit needs a
 # network, an upload an account. `python -m tests.test_readme` writes into the README.
 ELSEWHERE = re.compile(
-    r"(pip install|git clone|hf upload|pytest|pip-audit|python tests/robustness/(break_it|faults|fuzz|soak)\.py|python bench/latency\.py)\b.*"
+    r"(pip install|git clone|hf upload|pytest|pip-audit|python tests/robustness/(break_it|faults|fuzz|soak)\.py)\b.*"
+    r"|python bench/latency\.py"
     r"|python train\.py( --epochs 3)?|python -m tests\.test_readme"
 )
-SLOW = ("python bench/", "python train.py --adapter", "torchrun", "python compare.py", "python train.py --model")
+SLOW = ("python bench/", "torchrun", "python compare.py", "python train.py --model", "python train.py --adapter")
 # lines that count: "  99  lora/layer.py   the idea", and the same for rooms (lora/) or several names
 COUNTED = re.compile(r"^( *[\d,]+)  ((?:(?:[\w/]+\.py|\w+/) )+)", re.MULTILINE)
 GENERATED = ("results.json", "label_names.json", "adapter_config.json", "tokenizer.json", "config.json")  # by a run
@@ -254,7 +255,9 @@ def test_the_code_runs_from_its_first_line_to_its_last(tmp_path, monkeypatch, sh
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         with ThreadPoolExecutor(4) as pool:
-            answers = list(pool.map(lambda text: ask(server.server_address[1], [text]), ["Refund me, please", "I cannot log in"] * 4))
+            answers = list(
+                pool.map(lambda text: ask(server.server_address[1], [text]), ["Refund me, please", "I cannot log in"] * 4)
+            )
         assert all(status == 200 for status, _ in answers)
         expected = names["classifier"].predict_proba(["Refund me, please"])[0]
         assert list(answers[0][1][0]) == ["billing", "login"]

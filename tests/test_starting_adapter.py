@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import stop_after
+from helpers import save_quick_model, stop_after
 
 import compare
 import train
@@ -31,11 +31,16 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def first(small_model, tmp_path_factory):
+def base(tmp_path_factory, tokenizer_file):
+    return save_quick_model(tmp_path_factory.mktemp("base") / "model", tokenizer_file, num_labels=4)
+
+
+@pytest.fixture(scope="module")
+def first(base, tmp_path_factory):
     """A run with options other than the defaults, so that a run from it must read them."""
     folder = tmp_path_factory.mktemp("first") / "run"
     options = ["--r", "3", "--lora-alpha", "7", "--target-modules", "k_lin", "--learning-rate", "0.05", "--use-dora"]
-    assert train.main([*SHORT, "--model", str(small_model), *options, "--quiet", "--output-dir", str(folder)]) == 0
+    assert train.main([*SHORT, "--model", str(base), *options, "--quiet", "--output-dir", str(folder)]) == 0
     return folder
 
 
@@ -124,25 +129,25 @@ def test_a_stopped_run_is_resumed_from_the_same_adapter_only(first, tmp_path, ca
         (["--model", "minilm"], "the shape of base_model.model.classifier.weight is (4, 32), in the model (4, 384)"),
     ],
 )
-def test_what_does_not_fit_is_refused_in_one_line(first, small_model, tmp_path, options, message, capsys):
-    options = [option.replace("MODEL", str(small_model)) for option in options]
+def test_what_does_not_fit_is_refused_in_one_line(first, base, tmp_path, options, message, capsys):
+    options = [option.replace("MODEL", str(base)) for option in options]
     assert train.main([*SHORT, "--adapter", str(first), *options, "--quiet", "--output-dir", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
-    assert message.replace("ADAPTER", str(first / "adapter")).replace("MODEL", str(small_model)) in error
+    assert message.replace("ADAPTER", str(first / "adapter")).replace("MODEL", str(base)) in error
     assert not (tmp_path / "run").exists()
 
 
-def test_a_base_model_that_was_replaced_is_refused_and_another_one_is_told(first, small_model, tmp_path, capsys):
+def test_a_base_model_that_was_replaced_is_refused_and_another_one_is_told(first, base, tmp_path, capsys):
     shutil.copytree(first, tmp_path / "first")
     results = json.loads((first / "results.json").read_text())
     results["sha256"]["weights"] = "0" * 64
     (tmp_path / "first" / "results.json").write_text(json.dumps(results))
     options = [*SHORT, "--adapter", str(tmp_path / "first"), "--quiet", "--output-dir", str(tmp_path / "run")]
     assert train.main(options) == 2
-    assert f"the weights of {small_model} are not those that the adapter" in capsys.readouterr().err
-    (tmp_path / "moved").symlink_to(small_model)
+    assert f"the weights of {base} are not those that the adapter" in capsys.readouterr().err
+    (tmp_path / "moved").symlink_to(base)
     assert train.main([*options, "--model", str(tmp_path / "moved")]) == 0
-    assert f"was trained on {small_model}, and goes on on {tmp_path / 'moved'}" in capsys.readouterr().out
+    assert f"was trained on {base}, and goes on on {tmp_path / 'moved'}" in capsys.readouterr().out
 
 
 def test_compare_refuses_it(first, capsys):
