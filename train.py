@@ -261,9 +261,9 @@ def fit(texts: Iterable[str], labels: Iterable, test: tuple[Iterable, Iterable] 
     `output_dir`, and the texts beside it. Raises UserError as a run does, and for texts, labels or options of a wrong type.
     """
     typed = check_keywords(options)
-    folder = Path(typed.setdefault("output_dir", f"runs/{datetime.now():%Y-%m-%d-%H%M%S}"))
+    folder = Path(typed.get("output_dir") or f"runs/{datetime.now():%Y-%m-%d-%H%M%S}")
     with as_table(texts, labels, test, folder) as data:
-        start(typed | {"dataset": str(data)})
+        start(typed | {"dataset": str(data), "output_dir": str(folder)})
     return load(folder)
 
 

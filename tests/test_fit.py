@@ -140,6 +140,7 @@ def test_columns_arrays_and_test_rows_in_another_thread(options, tmp_path):
         (TEXTS, NAMES, {"epochs": True}, "epochs is True. Its type must be int"),
         (TEXTS, NAMES, {"target_modules": [1]}, r"target_modules is \[1\]. Its type must be str, or a list of them"),
         (TEXTS, NAMES, {"epochs": 0}, "--epochs is 0"),
+        (TEXTS, NAMES, {"output_dir": "."}, r"\. exists and is not an empty folder"),
         (TEXTS, NAMES, {"test": (["a"], ["other"])}, "the test labels contain 'other'"),
         (TEXTS, NAMES, {"test": (["a"], [])}, "the test texts: 1, the test labels: 0"),
     ],

@@ -53,7 +53,8 @@ def test_training_starts_at_the_values_of_the_adapter(first, tmp_path, monkeypat
 
     real = train.train
     monkeypatch.setattr(train, "train", keep)
-    assert train.main([*SHORT, "--adapter", str(first), "--output-dir", str(tmp_path / "second")]) == 0
+    same = ["--lora-alpha", "7", "--use-dora", "--target-modules", "k_lin"]  # may be typed
+    assert train.main([*SHORT, "--adapter", str(first), *same, "--output-dir", str(tmp_path / "second")]) == 0
     config, tensors = read_adapter(first / "adapter")
     assert len(tensors) == len(started) == 2 * 3 + 4
     for key, tensor in tensors.items():

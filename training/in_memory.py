@@ -63,8 +63,8 @@ def as_table(
     for _, label in parts.get("test", []):
         if label not in numbers or type(label) is not type(classes[0]):
             raise UserError(f"the test labels contain {label!r}, which is not among the labels to train on")
-    data = run.with_name(f"{run.name}-data")
     refuse_to_overwrite(run)
+    data = run.with_name(f"{run.name}-data")
     refuse_to_overwrite(data)
     try:
         make_folder(data)

@@ -54,6 +54,8 @@ class Classifier:
 
     def save(self, folder: str | Path) -> None:
         """Write a folder that `load`, predict.py and peft read: the files of `self.folder`. Raises UserError if it exists."""
+        if not self.folder.is_dir():
+            raise UserError(f"{self.folder}, from which this classifier was loaded, is gone. Put it back, or train it again")
         with new_folder(folder) as new, writing(folder):
             for path in self.folder.iterdir():
                 if path.is_file():

@@ -34,11 +34,12 @@ def with_adapter(typed: dict[str, Any]) -> dict[str, Any]:
     if config.target_modules in (None, NO_TARGETS):
         raise UserError(f"--adapter {folder} names no target_modules: it has no A and B to start from")
     decided = {name: getattr(config, name) for name in ADAPTER_OPTIONS}
+    if isinstance(config.target_modules, str):  # a regular expression
+        decided["target_modules"] = [config.target_modules]
     for name, value in decided.items():
-        if words(typed.get(name, value)) != words(value):
+        if name in typed and (set(typed[name]) != set(value) if isinstance(value, list) else typed[name] != value):
             difference = f"{flag(name)} is {words(typed[name])}, but the adapter in {folder} has {words(value)}"
             raise UserError(f"{difference}. Leave the option out")
-    decided["target_modules"] = words(config.target_modules).split()
     base = {"model": config.base_model_name_or_path, "revision": config.revision}
     if base["model"] is None and "model" not in typed:
         raise UserError(f"{folder} does not name its base model. Pass it with --model")
@@ -47,7 +48,7 @@ def with_adapter(typed: dict[str, Any]) -> dict[str, Any]:
 
 
 def words(value: Any) -> str:
-    return " ".join(sorted(value)) if isinstance(value, list | tuple) else str(value)
+    return " ".join(value) if isinstance(value, list | tuple) else str(value)
 
 
 @dataclass(frozen=True)
