@@ -125,7 +125,7 @@ def test_a_stopped_run_is_resumed_from_the_same_adapter_only(first, tmp_path, ca
         (["--target-modules", "q_lin", "v_lin"], "--target-modules is q_lin v_lin, but the adapter in ADAPTER has k_lin"),
         (["--use-rslora"], "--use-rslora is True, but the adapter in ADAPTER has False"),
         (["--method", "head"], "--adapter needs --method lora, but --method is head"),
-        (["--adapter", "missing"], "missing is not an adapter: adapter_config.json not found"),
+        (["--adapter", "missing"], "there is no folder missing"),
         (["--adapter", "MODEL"], "--adapter MODEL is a whole model. Start from it with --model MODEL"),
         (["--model", "minilm"], "the shape of base_model.model.classifier.weight is (4, 32), in the model (4, 384)"),
     ],

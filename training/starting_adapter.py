@@ -13,6 +13,7 @@ from lora import NO_TARGETS, LoraConfig, PeftModel, get_peft_model_state_dict
 from lora.adapter import FILES, PREFIX, WEIGHTS_FILE, match_tensors, read_adapter
 from lora.config import CONFIG_FILE
 from training.options import ADAPTER_OPTIONS, Options, flag
+from training.run_folder import require_ended
 from training.trained_folder import LABELS_FILE, count_classes, run_results
 
 HEAD = (f"{PREFIX}pre_classifier.", f"{PREFIX}classifier.")
@@ -26,6 +27,7 @@ def with_adapter(typed: dict[str, Any]) -> dict[str, Any]:
     if typed.get("adapter") is None:
         return typed
     folder = Path(typed["adapter"])
+    require_ended(folder)
     if not (folder / CONFIG_FILE).is_file() and (folder / "adapter").is_dir():  # a run
         folder /= "adapter"
     if (folder / "config.json").is_file() and not (folder / CONFIG_FILE).is_file():
