@@ -13,18 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from common.errors import UserError, most_like
-from lora.files import (
-    flush,
-    is_special,
-    partial_name,
-    read_bytes,
-    read_json,
-    read_safetensors,
-    replacing,
-    resolve,
-    write_file,
-    writing,
-)
+from lora.files import flush, partial_name, read_bytes, read_json, read_safetensors, replacing, resolve, write_file, writing
 
 with contextlib.suppress(ImportError):  # Windows
     import fcntl
@@ -82,9 +71,17 @@ def new_file(path: Path) -> Iterator[TextIO]:
 
     Half a character, which has no UTF-8, is written as an escape: \\ud800. What a killed process left, the next one removes.
     """
+    if is_special(path):
+        raise UserError(f"{path} is not a file. Name another one")
     remove_partials(resolve(path).with_name(glob.escape(path.name[:40])))
     with writing(path), replacing(path) as new, new.open("w", -1, "utf-8", "backslashreplace", "") as file, locked(new):
         yield file
+
+
+def is_special(path: Path) -> bool:
+    """Whether there is something that no file may replace: a device, a pipe, a loop of links, or what the shell has opened."""
+    is_opened = os.path.abspath(path).startswith(("/dev/std", "/dev/fd/", "/proc/"))
+    return is_opened or (os.path.lexists(resolve(path)) and not path.is_file())
 
 
 def remove_partials(pattern: Path) -> None:
@@ -150,11 +147,3 @@ def locked(folder: Path) -> Iterator[int | None]:
             except BlockingIOError as error:
                 raise UserError(f"another process uses the run folder {folder}. Wait for it, or end it") from error
         yield handle
-
-
-def append_line(path: Path, line: str) -> None:
-    """Append a line to a file, and flush it to disk."""
-    with writing(path), open(path, "a", encoding="utf-8") as file:
-        file.write(line + "\n")
-        file.flush()
-        os.fsync(file.fileno())

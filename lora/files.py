@@ -114,18 +114,12 @@ def write_file(path: Path, content: bytes) -> None:
                 shutil.copymode(path, temporary)
 
 
-def is_special(path: Path) -> bool:
-    """Whether there is something that no file may replace: a device, a pipe, a loop of links, or what the shell has opened."""
-    is_opened = os.path.abspath(path).startswith(("/dev/std", "/dev/fd/", "/proc/"))
-    return is_opened or (os.path.lexists(resolve(path)) and not path.is_file())
-
-
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """The block writes a temporary file, which is flushed to disk and takes the place of `path`, or of what it links to."""
-    if is_special(path):
-        raise UserError(f"{path} is not a file. Name another one")
     file = resolve(path)
+    if os.path.lexists(file) and not file.is_file():  # a device, a pipe, a loop of links
+        raise UserError(f"{path} is not a file. Name another one")
     temporary = partial_name(file)
     try:
         yield temporary

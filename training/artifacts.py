@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import platform
 import threading
 import typing
@@ -14,7 +15,6 @@ from torch import nn
 
 from common.errors import UserError
 from common.files import (
-    append_line,
     new_folder,
     read_bytes,
     refuse_to_overwrite,
@@ -88,7 +88,11 @@ class Metrics:
             write_file(path, b"".join(kept))
 
     def write(self, step: int, **values: float) -> None:
-        append_line(self.checkpoints.path("metrics.jsonl"), json.dumps({"step": step, **values}))
+        path = self.checkpoints.path("metrics.jsonl")
+        with writing(path), open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         if self.events is not None:
             with writing(self.checkpoints.run / EVENTS):
                 for name, value in values.items():

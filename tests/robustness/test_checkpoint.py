@@ -21,7 +21,6 @@ from safetensors.torch import load_file
 
 import train
 from common.errors import UserError
-from common.files import append_line
 from train import main
 from training import checkpoint
 from training.artifacts import Metrics
@@ -451,5 +450,5 @@ def test_files_are_flushed_before_they_replace_others(tmp_path, monkeypatch):
         ("remove", "step-00000001.safetensors"),
     ]
     happened.clear()
-    append_line(tmp_path / "metrics.jsonl", "{}")
+    Metrics(checkpoints, 3, tensorboard=False).write(4, loss=1.0)
     assert happened == [("flush", "metrics.jsonl")]
