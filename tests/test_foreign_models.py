@@ -346,7 +346,7 @@ def test_a_base_model_of_another_machine_is_named_with_the_file_that_names_it(ad
     assert message.startswith(f"{adapter / 'adapter_config.json'} names the base model {name!r}, which is not a folder here")
     assert message.endswith("Pass the base model with --model")
     assert "spelling" not in message
-    assert refusal(adapter, model=name) == "check the spelling"  # of what the user typed
+    assert refusal(adapter, model=name).startswith("check the spelling")  # of what the user typed
 
 
 # The weights

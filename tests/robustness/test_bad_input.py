@@ -504,7 +504,7 @@ def run_refusal(capsys, tmp_path, *arguments, model="minilm", dataset="sample"):
         ("--r 2.5", ["--r", "'2.5'", "--help"]),
         ("--lora-alpha 0", ["lora_alpha is 0.0"]),
         ("--lora-alpha nan", ["lora_alpha is nan"]),
-        ("--lora-dropout 1.5", ["lora_dropout is 1.5", "less than 1"]),
+        ("--lora-dropout 1.5", ["lora_dropout is 1.5", "below 1"]),
         ("--bias foo", ["bias is 'foo'", "none, all, lora_only"]),
         ("--epochs 0", ["--epochs is 0", "between 1 and"]),
         pytest.param("--epochs 1" + "0" * 400, ["--epochs is 1000", "between 1 and 2,147,483,647"], id="--epochs 1e400"),

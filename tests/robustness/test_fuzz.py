@@ -8,10 +8,10 @@ FUZZ = Path(__file__).parent / "fuzz.py"
 
 
 def test_damaged_input_is_read_correctly_or_refused():
-    done = subprocess.run([sys.executable, FUZZ, "--count", "300", "--seed", "1"], capture_output=True, text=True, timeout=200)
+    done = subprocess.run([sys.executable, FUZZ, "--count", "150", "--seed", "1"], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "300 inputs" in done.stdout
+    assert "150 inputs" in done.stdout
     kinds = [line.split() for line in done.stdout.splitlines() if line.endswith("refused")]
     assert len(kinds) == 13
-    assert sum(int(words[-2]) for words in kinds) > 100  # refused
-    assert sum(int(words[-4]) for words in kinds) > 10  # read
+    assert sum(int(words[-2]) for words in kinds) > 50  # refused
+    assert sum(int(words[-4]) for words in kinds) > 5  # read

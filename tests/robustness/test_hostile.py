@@ -451,7 +451,7 @@ def test_a_pipe_a_device_or_a_huge_file_in_place_of_a_file_is_refused(capsys, he
 
 def test_a_run_in_place_of_its_base_is_refused(capsys, here):
     said = refusal(capsys, train.main, *COMMAND, "--output-dir", "new", "--model", "run")
-    assert "run/model.safetensors is missing. Weights are read from safetensors files only" in said
+    assert "run/config.json is missing" in said
 
 
 def test_a_json_file_at_the_bound_is_read(tmp_path):

@@ -339,6 +339,7 @@ def test_tensorboard_on_a_full_disk_is_one_line(tmp_path, capfd):
 
 RESULTS = {
     "dataset": "sample",
+    "sha256": {},
     "options": {"method": "lora", "r": 2, "lora_alpha": 16.0, "target_modules": ["q_lin"]}
     | {"batch_size": 1, "learning_rate": 1e-3, "seed": 0},
     "before": {"macro_f1": 0.1, "accuracy": 0.1},
@@ -468,7 +469,7 @@ def test_standard_output_that_is_closed_from_the_start_is_one_line(run, tmp_path
 @pytest.mark.skipif(not hasattr(os, "fork") or not Path("/proc/self/fd").exists(), reason="needs Linux")
 def test_a_fault_at_a_file_operation_costs_nothing():
     """A slice of `python tests/robustness/faults.py`."""
-    few = ["--every", "140", "--kinds", "kill"]
+    few = ["--every", "260", "--kinds", "kill"]
     done = subprocess.run([sys.executable, FAULTS, *few], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert re.search(r"\n\d+ faults, each resumed to the same result", done.stdout)
