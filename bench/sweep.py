@@ -1,7 +1,7 @@
 """What each recipe gives, and what it costs: macro-F1 and seconds over learning rate, layers, rank and number of rows.
 
 python bench/sweep.py STAGE ... --data FOLDER --large FOLDER    add the runs of these stages to bench/sweep.csv
-python bench/sweep.py --draw                                    draw bench/sweep.svg from it, and print its tables
+python bench/sweep.py --draw                                    draw bench/sweep-rates.svg and sweep-rows.svg, print its tables
 
 Each run is `python train.py` on the embedded encoder, and a row of the CSV when it has ended. Stopped, it goes on where it was:
 what has a row is not run again, and a run that was stopped is resumed. The stages `steps`, `rates` and `recipe` choose: they
@@ -42,6 +42,7 @@ ASIDE = 1_000  # rows put aside to choose by
 ALL = 67_594  # rows of the training part of --large
 POINT = ("stage", "method", "rows", "seed", "options")
 RESULT = ("scored_rows", "macro_f1", "classes_predicted", "trained_parameters", "steps", "seconds", "threads", "torch")
+Curve = tuple[list[float], list[float]]  # x and y
 COLUMNS = (*POINT, *RESULT, "processor", "date")
 LINEAR = "TF-IDF"  # no run of train.py, but training/linear_model.py
 
@@ -273,32 +274,36 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def draw(rows: list[dict[str, str]], path: Path) -> None:
+def draw(rows: list[dict[str, str]], folder: Path) -> None:
     """Macro-F1 against the learning rate of each method, and against the number of rows: the mean of the seeds."""
+    rates = {
+        name: curve([row for row in rows if (row["stage"], row["method"]) == ("rates", name)], learning_rate) for name in RATES
+    }
+    draw_curves(rates, "learning rate; 1,000 rows, 252 steps", 0.83, folder / "sweep-rates.svg")
+    sized = [row for row in rows if row["stage"] in ("linear", "rows", "large")]
+    sizes = {name: curve([row for row in sized if row["method"] == name], number_of_rows) for name in (LINEAR, *RATES)}
+    draw_curves(sizes, "rows of the training part", 0.6, folder / "sweep-rows.svg")
+
+
+def draw_curves(curves: dict[str, Curve], label: str, lowest: float, path: Path) -> None:
+    """A curve that falls below `lowest` leaves the picture: the run has diverged."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (rates, sizes) = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-    for method in RATES:
-        x, y = curve([row for row in rows if row["stage"] == "rates" and row["method"] == method], learning_rate)
-        rates.plot(x, y, "o-", label=method)
-    for method in LINEAR, "head", "q, v; r = 2", "all linear; r = 8", "full":
-        chosen = [row for row in rows if row["stage"] in ("linear", "rows", "large") and row["method"] == method]
-        x, y = curve(chosen, lambda row: int(row["rows"]))
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, (x, y) in curves.items():
         if x:
-            sizes.plot(x, y, "o--" if method == LINEAR else "o-", label=method)
-    for axes, label in (rates, "learning rate; 1,000 rows, 252 steps"), (sizes, "rows of the training part"):
-        axes.set_xscale("log")
-        axes.set_xlabel(label)
-        axes.set_ylabel("macro-F1")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+            axes.plot(x, y, "o--" if name == LINEAR else "o-", label=name)
+    axes.set(xscale="log", xlabel=label, ylabel="macro-F1")
+    axes.set_ylim(bottom=lowest)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
     figure.savefig(path)
 
 
-def curve(rows: list[dict[str, str]], key: Callable[[dict[str, str]], float]) -> tuple[list[float], list[float]]:
+def curve(rows: list[dict[str, str]], key: Callable[[dict[str, str]], float]) -> Curve:
     scores: dict[float, list[float]] = {}
     for row in rows:
         scores.setdefault(key(row), []).append(float(row["macro_f1"]))
@@ -308,6 +313,10 @@ def curve(rows: list[dict[str, str]], key: Callable[[dict[str, str]], float]) ->
 
 def learning_rate(row: dict[str, str]) -> float:
     return json.loads(row["options"])["learning_rate"]
+
+
+def number_of_rows(row: dict[str, str]) -> float:
+    return int(row["rows"])
 
 
 def print_tables(rows: list[dict[str, str]]) -> None:
@@ -335,7 +344,7 @@ def main() -> int:
     parser.add_argument("--draw", action="store_true", help="draw the CSV, and print its tables")
     options = parser.parse_args()
     if options.draw:
-        draw(read_rows(options.csv), options.csv.with_suffix(".svg"))
+        draw(read_rows(options.csv), options.csv.parent)
         print_tables(read_rows(options.csv))
         return 0
     return run_cli("sweep.py", lambda: sweep(options))
