@@ -75,7 +75,8 @@ def linear_model(results: dict[str, Any]) -> list[list[str]]:
     try:
         data = load_data(results["dataset"], Options(**results["options"]), results["dataset_commit"])
         start = time.perf_counter()
-        predicted, trained_parameters = train_linear_model(data.train, data.test, results["options"]["class_weights"])
+        class_weights, seed = results["options"]["class_weights"], results["seed"]
+        predicted, trained_parameters = train_linear_model(data.train, data.test, class_weights, seed)
     except UserError as error:
         print(f"TF-IDF is left out: {error}", file=sys.stderr)
         return []

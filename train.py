@@ -3,7 +3,7 @@
 python train.py                                          distilbert-base-uncased on ag_news, r = 2 on q_lin and v_lin
 python train.py --model minilm --dataset sample          the embedded encoder and corpus, without a network
 python train.py --dataset tickets.csv                    your own texts (data/tables.py lists the forms of files)
-python train.py --method full                            every weight, or only the head (compare.py runs all three)
+python train.py --method full                            every weight, or only the head (compare.py compares them)
 python train.py --adapter runs/2026-11-24-103855         start from a trained adapter, ours or peft's
 python train.py --resume runs/2026-11-24-103855          continue a run that was stopped
 python train.py --help                                   every option
@@ -16,6 +16,7 @@ torchrun --nnodes 2 --node-rank 0 --nproc-per-node 4 --master-addr HOST --master
 if __name__ == "__main__":
     import training.interrupt  # noqa: F401 - Ctrl-C during the imports below
 
+import contextlib
 import dataclasses
 import io
 import sys
@@ -83,7 +84,7 @@ def run(options: Options, checkpoint: Checkpoint | None = None) -> dict[str, Any
     # (--method head trains only the head; --method full leaves the model as it is and trains all of it.)
     if inputs.lora_config is not None:
         model = get_peft_model(model, inputs.lora_config)
-        if inputs.adapter is not None:  # --adapter: not from B = 0
+        if inputs.adapter is not None:  # --adapter: start from its A, B and head
             inputs.adapter.copy_to(model)
     print(f"arithmetic in {dtype_name(dtype)} ({reason})")
     print_trainable_parameters(model)
@@ -98,7 +99,7 @@ def run(options: Options, checkpoint: Checkpoint | None = None) -> dict[str, Any
 
     # Evaluate, train, evaluate.
     num_labels = len(inputs.label_names)
-    with Signals(folder) as signals:
+    with Signals(folder) as signals, contextlib.ExitStack() as at_end:
         if processes.is_main:
             make_folder(folder)
         started = time.perf_counter()
@@ -108,6 +109,7 @@ def run(options: Options, checkpoint: Checkpoint | None = None) -> dict[str, Any
         provenance = {"options": dataclasses.asdict(options), "processes": processes.world_size, "fingerprint": identity}
         provenance |= {**inputs.provenance(), "before": before.tolist()}
         checkpoints = Checkpoints(folder, options.checkpoint_every, provenance, processes.is_main, checkpoint)
+        at_end.enter_context(checkpoints.lock)
         validation = Validation(runner, inputs.validation, num_labels, processes, options.patience)
         measured = train(runner, inputs.train, validation, options, processes, checkpoints, signals)
         if dtype == torch.int8:  # trained over rounded weights, used over the real ones
@@ -258,7 +260,8 @@ def fit(texts: Iterable[str], labels: Iterable, test: tuple[Iterable, Iterable] 
 
     Labels are strings, whole numbers or booleans. A tenth of each class is put aside to test on, unless there are test texts
     and labels. The options are those of the command line: fit(texts, labels, epochs=3, r=8). The run is kept in its folder,
-    `output_dir`, and the texts beside it. Raises UserError as a run does, and for texts, labels or options of a wrong type.
+    `output_dir`, and the texts beside it. One at a time: torch's seed belongs to the process. Raises UserError as a run does,
+    and for texts, labels or options of a wrong type; Stopped, a KeyboardInterrupt that says how to resume, if it is stopped.
     """
     typed = check_keywords(options)
     folder = Path(typed.get("output_dir") or f"runs/{datetime.now():%Y-%m-%d-%H%M%S}")

@@ -56,7 +56,10 @@ def serve(folder: Path) -> int:
     """Start the server of docs/server.md in a thread. Returns its port."""
     code = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "server.md").read_text(encoding="utf-8"), re.DOTALL)[0]
     names: dict[str, Any] = {}
-    exec(code.replace('"tickets"', repr(str(folder))).replace("8000", "0").replace("server.serve_forever()", ""), names)
+    for present, wanted in ('"tickets"', repr(str(folder))), ("8000", "0"), ("server.serve_forever()", ""):
+        assert present in code, f"docs/server.md has no {present} any more"
+        code = code.replace(present, wanted)
+    exec(code, names)
     names["Handler"].log_message = lambda *_: None
     threading.Thread(target=names["server"].serve_forever, daemon=True).start()
     return names["server"].server_address[1]

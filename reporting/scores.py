@@ -27,7 +27,7 @@ def macro(matrix: np.ndarray) -> np.ndarray:
     return np.array([matrix.sum(), *np.nan_to_num(scores[:, 1:]).mean(axis=0)])
 
 
-def majority(matrix: np.ndarray) -> tuple[int, np.ndarray]:
+def majority_baseline(matrix: np.ndarray) -> tuple[int, np.ndarray]:
     """The class with the most test texts, and the matrix of a classifier that always predicts it."""
     always = np.zeros_like(matrix)
     largest = int(matrix.sum(axis=1).argmax())
@@ -35,8 +35,8 @@ def majority(matrix: np.ndarray) -> tuple[int, np.ndarray]:
     return largest, always
 
 
-def error_range(matrix: np.ndarray) -> tuple[float, float]:
-    """The range of the macro-F1: what other test parts of this size, from the same source, would mostly give.
+def confidence_interval(matrix: np.ndarray) -> tuple[float, float]:
+    """Of the macro-F1: what other test parts of this size, from the same source, would mostly give.
 
     The percentile interval of the bootstrap (Efron & Tibshirani 1993, "An Introduction to the Bootstrap", section 13.3): as
     many test texts as there are, drawn with replacement, RESAMPLES times. A draw changes only how often each pair of a true

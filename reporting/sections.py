@@ -12,7 +12,7 @@ from common.errors import UserError
 from reporting import page, pictures
 from reporting.geometry import subspace_similarity
 from reporting.results import Layers, class_names, read_geometry, read_matrix, read_metrics, read_mistakes, read_results
-from reporting.scores import CONFIDENCE, RESAMPLES, error_range, macro, majority, per_class
+from reporting.scores import CONFIDENCE, RESAMPLES, confidence_interval, macro, majority_baseline, per_class
 from training.options import LEARNING_RATES, Options
 
 MISTAKES = 20  # the most that are shown
@@ -44,10 +44,11 @@ def report_page(folder: Path, against: Path | None) -> str:
 
 def numbers(results: dict[str, Any], matrix: np.ndarray) -> dict[str, str]:
     """The first thing that is seen."""
-    low, high = error_range(matrix)
-    largest, always = majority(matrix)
+    low, high = confidence_interval(matrix)
+    interval = f"{100 * CONFIDENCE:.0f} % confidence interval"
+    largest, always = majority_baseline(matrix)
     return {
-        f"macro-F1 ({100 * CONFIDENCE:.0f} % range {low:.3f} to {high:.3f})": f"{results['after']['macro_f1']:.3f}",
+        f"macro-F1 ({interval} {low:.3f} to {high:.3f})": f"{results['after']['macro_f1']:.3f}",
         "macro-F1 before training": f"{results['before']['macro_f1']:.3f}",
         "accuracy": f"{results['after']['accuracy']:.3f}",
         f"accuracy of always {class_names(results)[largest]!r}": f"{np.trace(always) / always.sum():.3f}",
@@ -56,13 +57,13 @@ def numbers(results: dict[str, Any], matrix: np.ndarray) -> dict[str, str]:
 
 
 def outcome(results: dict[str, Any], matrix: np.ndarray) -> str:
-    luck = (
-        f"<p>The range of the macro-F1 is what other {matrix.sum():,} test texts of the same kind would mostly give. It comes "
+    explanation = (
+        f"<p>The confidence interval is what other {matrix.sum():,} test texts of the same kind would mostly give. It comes "
         f"from {RESAMPLES:,} bootstrap resamples (percentile interval, Efron &amp; Tibshirani 1993, section 13.3). "
         "The seed of the training moves the score as well, and is not part of it."
     )
     if np.trace(matrix) == matrix.sum():
-        luck += (
+        explanation += (
             " No text was labelled wrong, so no resample can have a mistake: still, up to "
             f"{min(1, 3 / matrix.sum()):.1%} of all texts may be (the rule of three, Hanley &amp; Lippman-Hand 1983)."
         )
@@ -80,14 +81,14 @@ def outcome(results: dict[str, Any], matrix: np.ndarray) -> str:
             "Each row counts the texts of one class that got the label of another, the most frequent first. "
             f"With {len(matrix):,} classes the whole matrix would not fit here.",
         )
-    largest, always = majority(matrix)
+    largest, always = majority_baseline(matrix)
     scored = page.figure(
         "Each class",
         page.columns(["class", "texts", "precision", "recall", "F1"], score_rows(results, matrix, largest, always), last=2),
         "Precision is the share of correct labels among the predictions of a class, and recall that among its texts. "
         "The last row always predicts the most frequent class: what a model that has learned nothing can reach.",
     )
-    return page.section("Results", luck + "</p>", f'<div class="grid">{confused}{scored}</div>')
+    return page.section("Results", explanation + "</p>", f'<div class="grid">{confused}{scored}</div>')
 
 
 def score_rows(results: dict[str, Any], matrix: np.ndarray, largest: int, always: np.ndarray) -> list[list[str]]:

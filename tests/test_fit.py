@@ -168,14 +168,19 @@ def test_an_interrupted_fit_says_how_to_go_on_and_can(options, tmp_path, monkeyp
 
     monkeypatch.setattr(Checkpoints, "save", save_and_interrupt)
     keywords = options | {"output_dir": str(tmp_path / "run"), "epochs": 2, "batch_size": 8, "checkpoint_every": 1}
-    with pytest.raises(KeyboardInterrupt, match=r"python train\.py --resume"):
-        fit(TEXTS, NAMES, **keywords)
+    numbers = [10 + NAMES.index(name) for name in NAMES]
+    with pytest.raises(KeyboardInterrupt, match=r"python train\.py --resume") as caught:
+        fit(TEXTS, numbers, **keywords)
+    kept = caught.value  # as a notebook does, with its traceback and so every object of the run
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     monkeypatch.undo()
     assert train.main(["--resume", str(tmp_path / "run")]) == 0
-    whole = fit(TEXTS, NAMES, **keywords | {"output_dir": str(tmp_path / "whole")})
+    assert kept.__traceback__ is not None
+    whole = fit(TEXTS, numbers, **keywords | {"output_dir": str(tmp_path / "whole")})
     resumed = load(tmp_path / "run", device="cpu", dtype="float32")
     assert np.array_equal(resumed.predict_proba(TEXTS), whole.predict_proba(TEXTS))
+    assert resumed.predict(TEXTS).tolist() == whole.predict(TEXTS).tolist()
+    assert set(resumed.predict(TEXTS).tolist()) <= set(numbers)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])

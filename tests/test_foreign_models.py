@@ -289,7 +289,7 @@ def test_the_names_of_a_foreign_adapter_are_those_of_its_base_model(adapter):
     change_json(adapter.parent / "base" / "config.json", id2label=names)
     assert load_classifier(adapter, device="cpu").label_names == list(names.values())
     (adapter / "label_names.json").write_text('["a", "b", "c", "c"]')
-    assert "must be a list of 4 different strings" in refusal(adapter)
+    assert "must list 4 different names" in refusal(adapter)
 
 
 # Models and adapters of other kinds

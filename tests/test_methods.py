@@ -336,6 +336,7 @@ def test_compare_runs_every_method_and_prints_one_table(tmp_path, small_model, c
 
 
 LINEAR_ROW = {
+    "seed": 3,
     "dataset": "sample",
     "dataset_commit": None,
     "options": {"train_limit": 64, "seed": 3, "class_weights": "balanced"},
@@ -345,7 +346,9 @@ LINEAR_ROW = {
 def test_compares_linear_model_is_that_of_scikit_learn():
     [[name, parameters, *_, score]] = compare.linear_model(LINEAR_ROW)
     data = load_dataset("sample").limited(64, None, seed=3)
-    model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LinearSVC(class_weight="balanced"))
+    model = make_pipeline(
+        TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LinearSVC(class_weight="balanced", random_state=3)
+    )
     predicted = model.fit(data.train.texts, data.train.labels).predict(data.test.texts)
     assert (name, parameters) == ("TF-IDF", f"{4 * len(model[0].vocabulary_) + 4:,}")
     assert score == f"{f1_score(data.test.labels, predicted, average='macro'):.4f}"

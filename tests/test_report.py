@@ -28,7 +28,7 @@ from reporting import page
 from reporting.geometry import Geometry, amplification, effective_rank, geometry, subspace_similarity, thin_svd
 from reporting.pictures import STYLE, spectra, svg
 from reporting.results import place, read_geometry, read_mistakes
-from reporting.scores import error_range, macro, majority, per_class
+from reporting.scores import confidence_interval, macro, majority_baseline, per_class
 from reporting.sections import in_short
 from training.evaluation import macro_f1
 from training.inference import load_classifier
@@ -369,20 +369,20 @@ def test_precision_and_recall_are_those_of_scikit_learn():
     assert macro(MATRIX) == pytest.approx([76, *means])
 
 
-def test_the_error_range_is_that_of_resampled_texts():
+def test_the_confidence_interval_is_that_of_resampled_texts():
     """The percentile interval of texts drawn one by one. It is narrower with more texts."""
     pairs = np.repeat(np.arange(16), MATRIX.flatten())
     random = np.random.default_rng(1)
     drawn = (np.bincount(random.choice(pairs, len(pairs)), minlength=16).reshape(4, 4) for _ in range(2000))
     expected = np.quantile([macro_f1(matrix) for matrix in drawn], [0.025, 0.975])
-    low, high = error_range(MATRIX)
+    low, high = confidence_interval(MATRIX)
     assert [low, high] == pytest.approx(expected, abs=0.015)
-    narrow_low, narrow_high = error_range(100 * MATRIX)
+    narrow_low, narrow_high = confidence_interval(100 * MATRIX)
     assert narrow_high - narrow_low < 0.15 * (high - low)
 
 
 def test_the_simplest_classifier_always_predicts_the_most_frequent_class():
-    largest, always = majority(MATRIX)
+    largest, always = majority_baseline(MATRIX)
     assert largest == 0
     assert always.tolist() == [[50, 0, 0, 0], [22, 0, 0, 0], [0, 0, 0, 0], [4, 0, 0, 0]]
 

@@ -65,12 +65,12 @@ def test_training_starts_at_the_values_of_the_adapter(first, tmp_path, monkeypat
     assert f"starting from the adapter in {first / 'adapter'} and its head\n" in printed
     assert "injection" not in printed
     (change,) = (line for line in printed.splitlines() if "changed the logits by" in line)
-    assert change.startswith(f"  the adapter in {first / 'adapter'} changed the logits by ")
+    assert change.startswith(f"  the adapter in {first} changed the logits by ")
     assert float(change.split()[-1]) > 0
     assert "the first gradient is exactly 0 for 0 of 2 A and for 0 of 2 B" in printed
     before, after = (json.loads((run / "results.json").read_text()) for run in (first, tmp_path / "second"))
     assert after["before"] == before["after"]
-    assert after["options"] | {"r": 3, "lora_alpha": 7, "use_dora": True, "adapter": str(first / "adapter")} == after["options"]
+    assert after["options"] | {"r": 3, "lora_alpha": 7, "use_dora": True, "adapter": str(first)} == after["options"]
     assert len(after["sha256"]["adapter"]) == 64
     card = (tmp_path / "second" / "adapter" / "README.md").read_text()
     assert f"started from another adapter (sha256 {after['sha256']['adapter'][:16]})" in card
@@ -148,7 +148,7 @@ def test_a_base_model_that_was_replaced_is_refused_and_another_one_is_told(first
     assert f"the weights of {base} are not those that the adapter" in capsys.readouterr().err
     (tmp_path / "moved").symlink_to(base)
     assert train.main([*options, "--model", str(tmp_path / "moved")]) == 0
-    assert f"was trained on {base}, and goes on on {tmp_path / 'moved'}" in capsys.readouterr().out
+    assert f"was trained on {base}; this run trains it on {tmp_path / 'moved'}" in capsys.readouterr().out
 
 
 def test_compare_refuses_it(first, capsys):

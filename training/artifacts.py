@@ -17,6 +17,7 @@ from common.errors import UserError
 from common.files import (
     new_folder,
     read_bytes,
+    read_json,
     refuse_to_overwrite,
     require_writable,
     resolve,
@@ -33,6 +34,7 @@ from training.evaluation import ModelRunner, Predictions
 from training.loading import Inputs
 from training.model_card import model_card
 from training.options import Options
+from training.trained_folder import LABELS_FILE
 
 PACKAGES = ("torch", "tokenizers", "safetensors", "huggingface-hub", "numpy")
 EVENTS = "tensorboard"
@@ -166,6 +168,13 @@ def predictions_jsonl(predictions: Predictions, inputs: Inputs) -> bytes:
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
 
 
+def classes_of(inputs: Inputs) -> list[Any]:
+    """The names of the classes; or numbers or booleans, if `fit` got such labels and put them beside its rows."""
+    path = Path(inputs.dataset) / LABELS_FILE
+    classes = read_json(path, list) if path.is_file() else inputs.label_names
+    return classes if [str(label).strip() for label in classes] == inputs.label_names else inputs.label_names
+
+
 def save_trained(checkpoints: Checkpoints, results: dict[str, Any], runner: ModelRunner, inputs: Inputs) -> tuple[Path, float]:
     """Write RUN/adapter, or RUN/model if every weight was trained, with its card. Then load it and compare the logits.
 
@@ -178,12 +187,13 @@ def save_trained(checkpoints: Checkpoints, results: dict[str, Any], runner: Mode
         if isinstance(model, PeftModel):
             model.save_pretrained(new)
             write_tokenizer(inputs.tokenizer, max_length, new)
-            (new / "label_names.json").write_text(json.dumps(inputs.label_names) + "\n", encoding="utf-8")
             # trainable, so that A and B stay float32 as in `model`
             reloaded: nn.Module = PeftModel.from_pretrained(inputs.load_base(), new, is_trainable=True)
         else:
             write_model(model, inputs.tokenizer, new, inputs.label_names, max_length)
             reloaded = load_pretrained(str(new), len(inputs.label_names))[0]
+        if (classes := classes_of(inputs)) != inputs.label_names or isinstance(model, PeftModel):
+            (new / LABELS_FILE).write_text(json.dumps(classes) + "\n", encoding="utf-8")
         (new / "README.md").write_text(model_card(results), encoding="utf-8")
         cast_frozen_matrices(reloaded.to(runner.device), runner.dtype)
         longest = evaluation_batches(inputs.test.texts.lengths, runner.tokens)[-1]

@@ -101,13 +101,14 @@ class Checkpoint:
 class Checkpoints:
     """The newest KEEP checkpoints of one run. `provenance` goes into each. Only the process with `write` writes.
 
-    `begin` locks the run's folder for as long as this object, or the process, lives.
+    `begin` locks the run's folder, until `lock` is closed or the process ends.
     """
 
     def __init__(self, run: Path, every: int | None, provenance: dict, write: bool, resume_from: Checkpoint | None = None):
         self.run, self.every, self.provenance, self.write, self.resume_from = run, every, provenance, write, resume_from
         self.cost, self.last = 0.0, time.monotonic()
         self.handle: int | None = None
+        self.lock = contextlib.ExitStack()  # closed at the end of the run, or with the process
 
     def due(self, step: int) -> bool:
         if self.every is not None:
@@ -155,11 +156,10 @@ class Checkpoints:
         """Lock the run's folder, and remove the checkpoints after `step` and what a killed process left of a file."""
         if not self.write:
             return
-        self.locked = locked(self.run)  # for as long as this object lives
-        self.handle = self.locked.__enter__()
+        self.handle = self.lock.enter_context(locked(self.run))
         if (self.run / "results.json").exists():
             raise UserError(f"another run has ended in {self.run} since this one began. Choose another folder")
-        if self.resume_from is None and step == 0:
+        if self.resume_from is None:
             refuse_to_overwrite(self.run)
         try:
             remove_own_files(self.run, after=f"step-{step:08}")

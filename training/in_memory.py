@@ -13,23 +13,27 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError, did_you_mean
-from common.files import refuse_to_overwrite, write_file
-from lora.files import make_folder
+from common.files import is_empty, new_folder, refuse_to_overwrite
 from training.options import Options
-from training.trained_folder import LABELS_FILE, PARTS
+from training.trained_folder import LABELS_FILE
 
 Label = str | int | bool
 NOT_HERE = ("dataset", "text_column", "label_column", "dataset_revision", "resume")  # options of a run that reads a file
 
 
 def check_keywords(keywords: dict[str, Any]) -> dict[str, Any]:
-    """The keywords of `fit` as options of a run. Raises UserError for an unknown one, or a value of another type."""
+    """The keywords of `fit` as options of a run. None is an option that is left out.
+
+    Raises UserError for an unknown one, or a value of another type.
+    """
     known = {item.name: item for item in dataclasses.fields(Options) if item.name not in NOT_HERE}
     checked: dict[str, Any] = {}
     for name, value in keywords.items():
         if name not in known:
             hint = did_you_mean(name, known) or ". Its options are those of `python train.py --help` but for the data"
             raise UserError(f"fit has no option {name!r}{hint}")
+        if value is None:  # left out
+            continue
         item = known[name]
         kind = next(kind for kind in (bool, int, float, str) if kind in (item.type, *typing.get_args(item.type)))
         if isinstance(value, np.generic):
@@ -38,7 +42,8 @@ def check_keywords(keywords: dict[str, Any]) -> dict[str, Any]:
             value = str(value)
         is_tuple = isinstance(item.default, tuple)
         values = list(value) if is_tuple and isinstance(value, list | tuple) else [value]
-        if value is not item.default and not all(type(one) in ((int, float) if kind is float else (kind,)) for one in values):
+        accepted = (int, float) if kind is float else (kind,)
+        if not all(type(one) in accepted for one in values):
             raise UserError(f"{name} is {value!r}. Its type must be {kind.__name__}{', or a list of them' * is_tuple}")
         checked[name] = tuple(values) if is_tuple else value
     return checked
@@ -50,9 +55,11 @@ def as_table(
 ) -> Iterator[Path]:
     """Write the rows into a folder beside the run's, RUN-data, where `--resume` finds them. The block runs on this folder.
 
-    Then what was trained gets the labels as its classes: numbers stay numbers. If the run does not begin, the folder is
-    removed. Raises UserError for rows that cannot be trained on.
+    The labels themselves go beside the rows, so that in what is trained numbers stay numbers. If the run leaves nothing to
+    resume, the folder is removed. Raises UserError for rows that cannot be trained on.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("fit runs in one process. Write the rows to a file, and use torchrun train.py --dataset FILE")
     parts = {"train": check_rows("texts", texts, "labels", labels)}
     if test is not None:
         parts["test"] = check_rows("the test texts", test[0], "the test labels", test[1])
@@ -65,18 +72,16 @@ def as_table(
             raise UserError(f"the test labels contain {label!r}, which is not among the labels to train on")
     refuse_to_overwrite(run)
     data = run.with_name(f"{run.name}-data")
-    refuse_to_overwrite(data)
-    try:
-        make_folder(data)
+    with new_folder(data) as new:
+        (new / LABELS_FILE).write_text(json.dumps(classes) + "\n")
         for part, rows in parts.items():
             # by number, so that the order of the classes is that of `classes`; a run takes their names from label_text
             lines = [json.dumps({"text": text, "label": numbers[label], "label_text": str(label)}) for text, label in rows]
-            write_file(data / f"{part}.jsonl", "".join(f"{line}\n" for line in lines).encode())
+            (new / f"{part}.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    try:
         yield data
-        for trained in filter(Path.is_dir, [run / part for part in PARTS]):
-            write_file(trained / LABELS_FILE, json.dumps(classes).encode() + b"\n")
     finally:
-        if not run.exists():
+        if is_empty(run):
             shutil.rmtree(data, ignore_errors=True)
 
 

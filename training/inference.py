@@ -53,7 +53,10 @@ class Classifier:
         return np.concatenate([np.empty((0, len(self.label_names)), dtype=np.float32), *scores])
 
     def save(self, folder: str | Path) -> None:
-        """Write a folder that `load`, predict.py and peft read: the files of `self.folder`. Raises UserError if it exists."""
+        """Write a folder that `load`, predict.py and peft read: the files of `self.folder`.
+
+        Raises UserError if other files are there.
+        """
         if not self.folder.is_dir():
             raise UserError(f"{self.folder}, from which this classifier was loaded, is gone. Put it back, or train it again")
         with new_folder(folder) as new, writing(folder):

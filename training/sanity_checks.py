@@ -23,11 +23,11 @@ CHECK_EXAMPLES = 8  # a few are enough
 def lora_checks(runner: ModelRunner, examples: Examples, adapter: str | None = None) -> list[str]:
     """One line per promise, with the measured value. Leaves no gradient behind.
 
-    The first and the third hold where B starts at 0, that is without --adapter.
-
     1. B = 0, so adding LoRA has not changed the logits.
     2. Gradients reach exactly the trained tensors.
     3. The first gradient of A is exactly zero, because B is a factor of it. The first gradient of B is not zero.
+
+    With --adapter B is not zero, so 1 and 3 do not hold; the lines then say how far the adapter moves the logits.
     """
     model, lines = runner.model.eval(), []
     texts, labels = examples

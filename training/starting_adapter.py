@@ -26,10 +26,8 @@ def with_adapter(typed: dict[str, Any]) -> dict[str, Any]:
     """
     if typed.get("adapter") is None:
         return typed
-    folder = Path(typed["adapter"])
-    require_ended(folder)
-    if not (folder / CONFIG_FILE).is_file() and (folder / "adapter").is_dir():  # a run
-        folder /= "adapter"
+    require_ended(Path(typed["adapter"]))
+    folder = adapter_folder(typed["adapter"])
     if (folder / "config.json").is_file() and not (folder / CONFIG_FILE).is_file():
         raise UserError(f"--adapter {folder} is a whole model. Start from it with --model {folder}")
     config, _ = read_adapter(folder)
@@ -39,14 +37,22 @@ def with_adapter(typed: dict[str, Any]) -> dict[str, Any]:
     if isinstance(config.target_modules, str):  # a regular expression
         decided["target_modules"] = [config.target_modules]
     for name, value in decided.items():
-        if name in typed and (set(typed[name]) != set(value) if isinstance(value, list) else typed[name] != value):
+        wanted = typed.get(name, value)
+        if set(wanted) != set(value) if isinstance(value, list) else wanted != value:
             difference = f"{flag(name)} is {words(typed[name])}, but the adapter in {folder} has {words(value)}"
             raise UserError(f"{difference}. Leave the option out")
     base = {"model": config.base_model_name_or_path, "revision": config.revision}
     if base["model"] is None and "model" not in typed:
         raise UserError(f"{folder} does not name its base model. Pass it with --model")
     free = {"lora_dropout": config.lora_dropout} | ({} if "model" in typed else base)
-    return free | typed | decided | {"adapter": str(folder)}
+    return free | typed | decided
+
+
+def adapter_folder(path: str) -> Path:
+    """The folder of the adapter, if `path` is one or a run."""
+    folder = Path(path)
+    is_run = not (folder / CONFIG_FILE).is_file() and (folder / "adapter").is_dir()
+    return folder / "adapter" if is_run else folder
 
 
 def words(value: Any) -> str:
@@ -74,15 +80,16 @@ def read_starting_adapter(options: Options, label_names: list[str], weights_sha2
 
     weights_sha256: of the base model. Raises UserError for an adapter of another network, or if its base was replaced.
     """
-    folder = Path(options.adapter or "")
+    folder = adapter_folder(options.adapter or "")
     config, tensors = read_adapter(folder)
     recorded = run_results(folder).get("sha256")
     trained_on = recorded.get("weights") if isinstance(recorded, dict) else None
     named = config.base_model_name_or_path
     if options.model == named and trained_on not in (None, weights_sha256):
-        raise UserError(f"the weights of {named} are not those that the adapter in {folder} was trained on. Restore them")
+        remedy = "Restore them, or name their commit with --revision"
+        raise UserError(f"the weights of {named} are not those that the adapter in {folder} was trained on. {remedy}")
     if options.model != named and trained_on != weights_sha256:
-        print(f"the adapter in {folder} was trained on {named}, and goes on on {options.model}")
+        print(f"the adapter in {folder} was trained on {named}; this run trains it on {options.model}")
 
     number = count_classes(folder, tensors)
     names = [str(name) for name in read_json(folder / LABELS_FILE, list)] if (folder / LABELS_FILE).is_file() else None

@@ -117,16 +117,16 @@ def count_classes(folder: Path, tensors: dict[str, Tensor]) -> int:
 
 
 def read_classes(folder: Path, base: str, revision: str | None, num_labels: int, is_whole: bool) -> tuple[list[Any], bool]:
-    """The classes, and whether several can hold at once: from label_names.json, which training here writes beside an adapter,
-    and `fit` beside a model, or else from the config.json of the (base) model, as in transformers.
+    """The classes, and whether several can hold at once. They come from label_names.json, if the folder has one, or else from
+    the config.json of the (base) model, as in transformers.
 
-    Their names; or whole numbers or booleans, if `fit` got such labels.
+    They are names; or whole numbers or booleans, if `fit` got such labels.
     """
     if (path := folder / LABELS_FILE).exists():
         classes = read_json(path, list)
         kinds = {type(label) for label in classes}
         if len(classes) != num_labels or kinds not in ({str}, {int}, {bool}) or len(set(classes)) < num_labels:
-            raise UserError(f"{path} must be a list of {num_labels} different strings, one for each class of the adapter")
+            raise UserError(f"{path} must list {num_labels} different names, or numbers, one for each class. Mend it")
         return classes, False
     config, source = read_model_config(base, revision), f"{base}/config.json"
     kind = config.get("problem_type")

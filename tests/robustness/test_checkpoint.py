@@ -379,7 +379,7 @@ def test_a_skipped_checkpoint_is_removed(stopped):
     newest, other = newest_first(stopped)
     newest.write_bytes(b"damaged")
     newest = read_newest(stopped)
-    Checkpoints(stopped, 1, {}, write=True).clean(newest.step)
+    Checkpoints(stopped, 1, {}, write=True, resume_from=newest).clean(newest.step)
     assert newest_first(stopped) == [other]
 
 
