@@ -1,6 +1,6 @@
 """Compare LoRA, full fine-tuning, a trained head and a linear model on the same data and seed, in one table.
 
-python compare.py --model minilm --dataset sample         two minutes on two cores
+python compare.py --model minilm --dataset sample         some minutes on two cores
 python compare.py --dataset my/folder --train-limit 1000  takes the options of train.py; those of LoRA apply to LoRA only
 
     lora         r = 2 on q_lin and v_lin, or what the LoRA options say

@@ -159,7 +159,7 @@ class Checkpoints:
         self.handle = self.lock.enter_context(locked(self.run))
         if (self.run / "results.json").exists():
             raise UserError(f"another run has ended in {self.run} since this one began. Choose another folder")
-        if self.resume_from is None:
+        if self.resume_from is None and step == 0:
             refuse_to_overwrite(self.run)
         try:
             remove_own_files(self.run, after=f"step-{step:08}")

@@ -25,7 +25,7 @@ def describe_plan(inputs: Inputs, options: Options, seconds: float | None) -> st
     """
     rows = len(inputs.train.labels)
     epochs, steps = plan(rows, options)
-    line = f"{epochs} epochs of {steps // epochs:,} steps = {steps:,} steps"
+    line = f"{epochs} {'epoch' if epochs == 1 else 'epochs'} of {steps // epochs:,} steps = {steps:,} steps"
     if seconds is None:
         return line
     trained, tested = (int(part.texts.lengths.sum()) for part in (inputs.train, inputs.test))

@@ -212,7 +212,7 @@ print(json.dumps([attempt(mark, "ann/tiny"), attempt(lambda: len(load_dataset("a
         begin("out of order", broken.url, unreachable)
         begin("portal", portal.url, unreachable)
         begin("500 for one file", broken_head.url, one_file)
-        begin("silent in one file", silent_get.url, one_file, HF_HUB_DOWNLOAD_TIMEOUT="1")
+        begin("silent in one file", silent_get.url, one_file, HF_HUB_DOWNLOAD_TIMEOUT="3")
         for fault, each in bad_day.items():
             begin(fault, each.url, one_file)
         yield started
