@@ -45,7 +45,7 @@ def test_training_goes_on_to_its_end_if_output_fails(small_model, tmp_path, outp
     os.mkfifo(pipe)
     options = ["--train-limit", "40", "--test-limit", "8", "--epochs", "1", "--output-dir", run]
     stdout = {"| head -1": pipe, "closed": ""}.get(output, output)
-    with subprocess.Popen(["bash", "-c", 'head -1 < "$1"', "bash", pipe], stdout=subprocess.DEVNULL) as head:
+    with subprocess.Popen(["bash", "-c", 'exec head -1 < "$1"', "bash", pipe], stdout=subprocess.DEVNULL) as head:
         done = python("train.py", "--model", small_model, "--dataset", "sample", *options, stdout=stdout, before=before)
         head.kill()
     assert done.returncode == status
