@@ -152,6 +152,13 @@ def test_a_wrong_call_is_one_line_and_leaves_nothing_behind(options, tmp_path, t
     assert not list(tmp_path.iterdir())
 
 
+def test_fit_in_several_processes_is_refused(options, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="one process"):
+        fit(TEXTS, NAMES, **options, output_dir=tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("texts", ["one string", ["a", None], [b"bytes"]])
 def test_a_wrong_text_to_predict_is_refused(classifier, texts):
     with pytest.raises(UserError, match="string"):

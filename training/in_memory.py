@@ -58,7 +58,7 @@ def as_table(
     The labels themselves go beside the rows, so that in what is trained numbers stay numbers. If the run leaves nothing to
     resume, the folder is removed. Raises UserError for rows that cannot be trained on.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("fit runs in one process. Write the rows to a file, and use torchrun train.py --dataset FILE")
     parts = {"train": check_rows("texts", texts, "labels", labels)}
     if test is not None:

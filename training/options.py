@@ -16,7 +16,7 @@ from lora import NO_TARGETS, LoraConfig
 DEFAULT_MODEL, EMBEDDED_MODEL = "distilbert-base-uncased", "minilm"
 DEFAULT_DATASET, EMBEDDED_DATASET = "ag_news", "sample"
 LEARNING_RATES = {"lora": 5e-4, "full": 5e-5, "head": 2e-3}  # the default of each method
-ALL_LINEAR = {"target_modules": ["all-linear"], "r": 8, "learning_rate": 1e-3}  # as good as every weight: docs/experiments.md
+ALL_LINEAR = {"target_modules": ["all-linear"], "r": 8, "learning_rate": 1e-3}  # another shape of LoRA, for compare.py
 MIN_EPOCHS, MIN_STEPS = 3, 250  # unless --epochs is typed: three epochs of a small data set are too few steps
 LARGEST = 2**31 - 1
 ADAPTER_OPTIONS = ("r", "lora_alpha", "target_modules", "bias", "use_rslora", "use_dora")  # what an adapter is made of
